@@ -1,0 +1,438 @@
+"""One typed configuration: preset < file < flags < ``--set``, unknown keys are errors.
+
+A run is described by seven sections. Each is a dataclass whose field comments are its
+reference; the paper's symbol stands in brackets. Values come from, weakest first:
+the defaults here, the preset named by ``--method`` (``trelm_ds/presets/NAME.yaml``),
+the YAML/JSON file of ``--config``, Hugging Face style flags, and ``--set section.key=value``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from trelm_ds.errors import ConfigError
+
+PRESET_DIR = Path(__file__).parent / "presets"
+
+INJECTION_FORMS = ("none", "kge", "encoder")
+SELECTIONS = ("importance", "long_tail", "frequent", "all", "klt")
+ROUTING_FORMS = (
+    "none",
+    "block",
+    "in_backward",
+    "exact",
+    "quadrature",
+    "random",
+    "activation",
+    "frozen",
+)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _choice(name: str, value, choices) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
+        raise ConfigError(
+            f"{name}: {value!r} is not one of {', '.join(map(str, choices))}; did you mean {near[0]!r}?"
+        )
+
+
+def _fraction(name: str, value: float, *, open_low: bool = False) -> None:
+    low_ok = value > 0 if open_low else value >= 0
+    _require(
+        low_ok and value <= 1, f"{name}: {value} must be in {'(' if open_low else '['}0, 1]"
+    )
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The backbone: a Hugging Face BERT or RoBERTa, from a local folder or from a config."""
+
+    model_name_or_path: str | None = None  # local folder; None: from scratch, by the keys below
+    model_type: str = "bert"  # bert | roberta; from scratch only
+    hidden_size: int = 192
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = 768
+    max_position_embeddings: int = 512
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    attn_implementation: str = "sdpa"  # sdpa | eager
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self):
+        _choice("model.model_type", self.model_type, ("bert", "roberta"))
+        _choice("model.attn_implementation", self.attn_implementation, ("sdpa", "eager"))
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            _require(getattr(self, name) > 0, f"model.{name} must be positive")
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"model.hidden_size {self.hidden_size} is not a multiple of "
+            f"model.num_attention_heads {self.num_attention_heads}",
+        )
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the sequences come from and how they are masked."""
+
+    data_dir: str | None = None  # a folder written by launch/prepare.py; None: the embedded sample
+    max_seq_length: int = 128  # tokens; longer samples are refused at preparation
+    mlm_probability: float = 0.15  # share of text tokens that are MLM targets (80/10/10)
+    # Probability that a whole, not injected entity mention is masked; None: treated like any text.
+    mention_mask_probability: float | None = None
+    num_workers: int = 1  # loader processes per rank; 0 reads in the training process
+    pad_to_multiple_of: int = 8
+
+    def __post_init__(self):
+        _fraction("data.mlm_probability", self.mlm_probability, open_low=True)
+        if self.mention_mask_probability is not None:
+            _fraction("data.mention_mask_probability", self.mention_mask_probability)
+        _require(self.max_seq_length >= 8, "data.max_seq_length must be at least 8")
+        _require(self.num_workers >= 0, "data.num_workers must not be negative")
+
+
+@dataclass(kw_only=True)
+class InjectionConfig:
+    """Which mentions get knowledge at the input, and in which form (section 3.1, Eqs. 1 and 7)."""
+
+    form: str = "kge"  # kge: TransE vectors; encoder: shared encoder on texts (DKPLM); none
+    selection: str = "importance"  # importance (Eq. 1) | klt (DKPLM) | long_tail | frequent | all
+    quantile: float | None = None  # importance threshold as a quantile; None: the sentence's mean SI
+    max_per_128_tokens: int = 4  # K
+    probability: float = 1.0  # chance that an eligible mention is injected in an epoch
+    long_tail_words: bool = True  # rare word types are memory keys too (Fig. 2)
+    text_length: int = 16  # tokens of an entity's or relation's text in form `encoder`
+
+    def __post_init__(self):
+        _choice("injection.form", self.form, INJECTION_FORMS)
+        _choice("injection.selection", self.selection, SELECTIONS)
+        _fraction("injection.probability", self.probability)
+        if self.quantile is not None:
+            _fraction("injection.quantile", self.quantile)
+        _require(self.max_per_128_tokens >= 1, "injection.max_per_128_tokens must be at least 1")
+
+
+@dataclass(kw_only=True)
+class DecodingConfig:
+    """Contrastive knowledge assessing: decode the other entity (Eqs. 2 and 3)."""
+
+    enabled: bool = True
+    loss_weight: float = 0.5  # theta; multiplies MLM, 1 - theta multiplies CKA
+    scale: float = 1.0  # delta
+    max_tokens: int = 8  # T
+    num_negatives: int = 64  # N, shared by the global batch of a step
+    hard_negatives: int = 0  # of them, tokens of entities near the gold one in memory space
+    unigram_power: float = 0.75  # Q(y) ~ count(y) ** power
+    triple: str = "same"  # same as injected | different (when the mention has another) | all
+    max_triples: int = 8  # per mention with triple: all
+
+    def __post_init__(self):
+        _fraction("decoding.loss_weight", self.loss_weight)
+        _choice("decoding.triple", self.triple, ("same", "different", "all"))
+        _require(self.max_tokens >= 1, "decoding.max_tokens must be at least 1")
+        _require(
+            0 <= self.hard_negatives < self.num_negatives,
+            "decoding.hard_negatives must be below decoding.num_negatives",
+        )
+
+
+@dataclass(kw_only=True)
+class MemoryConfig:
+    """Knowledge-augmented memory bank (Eqs. 4 to 8)."""
+
+    enabled: bool = True
+    half_window: int = 16  # k, tokens on either side of the mention
+    discount: float = 0.1  # gamma of Eq. 5
+    weight: float = 0.5  # lambda_0 of Eq. 7
+    decay: float = 2.0  # beta of Eq. 8
+    virtual_epochs: int = 8  # runs of fewer than 4 epochs: q counts total_steps / virtual_epochs
+    off_fraction: float = 0.05  # lambda is 0 for this last share of the run
+    rescale: str = "rms"  # rms: rows scaled to the RMS of the word embeddings; literal: as stored
+    ema: str = "per_occurrence"  # per_occurrence | per_step, for m mentions in one global batch
+    paper_norm: bool = False  # divide Eq. 4 by the printed 2k + r - l even at the sequence's ends
+    device: str = "auto"  # auto: where the model is; cpu
+    virtual_shards: int = 1024
+    max_gib: float | None = None  # refuse to start if a rank's shard and buffers need more
+
+    def __post_init__(self):
+        _choice("memory.rescale", self.rescale, ("rms", "literal"))
+        _choice("memory.ema", self.ema, ("per_occurrence", "per_step"))
+        _choice("memory.device", self.device, ("auto", "cpu"))
+        _require(0 < self.discount < 1, "memory.discount must be in (0, 1)")
+        _fraction("memory.weight", self.weight)
+        _fraction("memory.off_fraction", self.off_fraction)
+        _require(self.decay >= 1, "memory.decay must be at least 1")
+        _require(self.half_window >= 0, "memory.half_window must not be negative")
+
+
+@dataclass(kw_only=True)
+class RoutingConfig:
+    """Dynamic knowledge routing (Eqs. 9 to 12)."""
+
+    form: str = "none"
+    kept_fraction: float = 0.1  # rho, of the intermediate neurons, per layer
+    multiple_of: int = 8  # kept neurons are rounded up to a multiple of this
+    score: str = "signed"  # signed (Eq. 9) | abs_gradient; used by in_backward and block
+    paths: str = "mid"  # mid | full (Eq. 12)
+    scope: str = "ffn"  # ffn: everything else trains; strict: paths, injection, decoder, head only
+    input_gradient: str = "exact"  # exact | path: dX through the kept neurons alone
+    start: float = 0.0  # fraction of the run that trains densely first
+    rotation_steps: int = 50  # R, block only; 0: one fixed block
+    floor: float = 0.25  # share of rotations that take the block left out longest
+    attribution_steps: int = 20  # m of Eq. 11, exact only
+    quadrature_nodes: int = 2  # Gauss-Legendre nodes, quadrature only
+    max_targets: int | None = None  # mentions per micro-batch attributed by exact / quadrature
+    threshold: float | None = None  # also drop neurons below this share of the largest score
+    audit_steps: int = 0  # compare the paths with quadrature every so many steps; 0: never
+
+    def __post_init__(self):
+        _choice("routing.form", self.form, ROUTING_FORMS)
+        _choice("routing.score", self.score, ("signed", "abs_gradient"))
+        _choice("routing.paths", self.paths, ("mid", "full"))
+        _choice("routing.scope", self.scope, ("ffn", "strict"))
+        _choice("routing.input_gradient", self.input_gradient, ("exact", "path"))
+        _fraction("routing.kept_fraction", self.kept_fraction, open_low=True)
+        _fraction("routing.start", self.start)
+        _fraction("routing.floor", self.floor)
+        _require(self.multiple_of >= 1, "routing.multiple_of must be at least 1")
+        _require(self.attribution_steps >= 1, "routing.attribution_steps must be at least 1")
+        _require(self.quadrature_nodes >= 1, "routing.quadrature_nodes must be at least 1")
+        _require(
+            not (self.form == "block" and self.paths == "full"),
+            "routing.form block keeps whole neurons: use routing.paths mid with it",
+        )
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Optimisation, the run's length, and what is written when. Hugging Face's names."""
+
+    output_dir: str = "outputs/run"
+    max_steps: int = 600
+    max_hours: float | None = None  # training clock; evaluation and queue time are not charged
+    per_device_train_batch_size: int = 16  # sequences of a micro-batch
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_epsilon: float = 1e-6
+    max_grad_norm: float = 1.0  # 0: no clipping
+    lr_scheduler_type: str = "linear"  # linear | cosine | constant
+    warmup_ratio: float = 0.06
+    min_lr_ratio: float = 0.0
+    seed: int = 42
+    bf16: bool = False
+    logging_steps: int = 20
+    eval_steps: int = 200  # 0: only at the start and the end
+    eval_batches: int = 16  # held-out micro-batches per evaluation
+    save_steps: int = 200  # 0: only at the end
+    save_total_limit: int = 2
+    resume_from_checkpoint: str | None = None  # latest | a checkpoint folder
+    report_to: str = "none"  # tensorboard | wandb | none
+    export: bool = True  # write OUTPUT_DIR/hf at the end
+
+    def __post_init__(self):
+        _choice("train.lr_scheduler_type", self.lr_scheduler_type, ("linear", "cosine", "constant"))
+        _choice("train.report_to", self.report_to, ("tensorboard", "wandb", "none"))
+        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
+        for name in ("learning_rate", "adam_epsilon"):
+            _require(getattr(self, name) > 0, f"train.{name} must be positive")
+        _require(self.save_total_limit >= 1, "train.save_total_limit must be at least 1")
+        _fraction("train.warmup_ratio", self.warmup_ratio)
+        _fraction("train.min_lr_ratio", self.min_lr_ratio)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """The resolved configuration of a run."""
+
+    method: str = "trelm"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    injection: InjectionConfig = field(default_factory=InjectionConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+SECTIONS = {f.name: f for f in dataclasses.fields(Config) if f.name != "method"}
+
+
+def _section_type(name: str):
+    return typing.get_type_hints(Config)[name]
+
+
+def known_keys() -> list[str]:
+    """Every ``section.key``, for suggestions and ``--help``."""
+    return ["method"] + [
+        f"{section}.{f.name}" for section in SECTIONS for f in dataclasses.fields(_section_type(section))
+    ]
+
+
+def nearest_key(key: str) -> str:
+    """The known key most like ``key``; a bare name is matched against the last parts too."""
+    keys = known_keys()
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not near:
+        tails = {k.rpartition(".")[2]: k for k in keys}
+        tail = difflib.get_close_matches(key.rpartition(".")[2], tails, n=1, cutoff=0.0)
+        near = [tails[tail[0]]]
+    return near[0]
+
+
+def _convert(key: str, value, hint):
+    """``value`` (from YAML, JSON or a flag) as the field's type, or a ConfigError."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() in ("null", "none", "")):
+        if type(None) in options:
+            return None
+        if str not in options:
+            raise ConfigError(f"{key}: a value is needed, got {value!r}")
+    for option in options:
+        if option is bool:
+            if isinstance(value, bool):
+                return value
+            if isinstance(value, str) and value.lower() in ("true", "false", "1", "0", "yes", "no"):
+                return value.lower() in ("true", "1", "yes")
+        elif option is int:
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            if isinstance(value, str) and value.strip().lstrip("+-").isdigit():
+                return int(value)
+            if isinstance(value, float) and value.is_integer():
+                return int(value)
+        elif option is float:
+            if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+                try:
+                    number = float(value)
+                except ValueError:
+                    continue
+                if not math.isfinite(number):
+                    raise ConfigError(f"{key}: {value!r} is not a finite number")
+                return number
+        elif option is str and isinstance(value, (str, int, float)):
+            return str(value)
+    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    raise ConfigError(f"{key}: {value!r} is not {names}")
+
+
+def flatten(tree: dict, origin: str) -> dict[str, object]:
+    """A nested mapping as ``{"section.key": value}``, unknown keys refused.
+
+    Raises:
+        ConfigError: naming ``origin``, the unknown key and the nearest known one.
+    """
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{origin}: expected a mapping of sections, got {type(tree).__name__}")
+    flat = {}
+    for section, body in tree.items():
+        if section == "method":
+            flat["method"] = body
+        elif section in SECTIONS and isinstance(body, dict):
+            flat.update({f"{section}.{key}": value for key, value in body.items()})
+        elif section in SECTIONS:
+            raise ConfigError(f"{origin}: section {section!r} must be a mapping")
+        else:
+            raise ConfigError(f"{origin}: unknown key {section!r}; did you mean {nearest_key(str(section))!r}?")
+    known = set(known_keys())
+    for key in flat:
+        if key not in known:
+            raise ConfigError(f"{origin}: unknown key {key!r}; did you mean {nearest_key(key)!r}?")
+    return flat
+
+
+def read_config_file(path: str | Path) -> dict[str, object]:
+    """The flat contents of a YAML or JSON configuration file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"--config {path}: no such file")
+    try:
+        tree = yaml.safe_load(path.read_text())  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML or JSON: {' '.join(str(error).split())}") from None
+    return flatten(tree or {}, str(path))
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
+
+
+def read_preset(name: str) -> dict[str, object]:
+    """The flat contents of a method preset; ``base: NAME`` in it inherits another preset."""
+    if name not in preset_names():
+        near = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.0)
+        raise ConfigError(
+            f"--method {name}: no such preset; did you mean {near[0]!r}? Known: {', '.join(preset_names())}"
+        )
+    path = PRESET_DIR / f"{name}.yaml"
+    tree = yaml.safe_load(path.read_text()) or {}
+    base = tree.pop("base", None)
+    flat = read_preset(base) if base else {}
+    return flat | flatten(tree, str(path))
+
+
+def parse_assignment(text: str) -> tuple[str, object]:
+    """``section.key=value`` of ``--set``."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}: expected section.key=value")
+    key = key.strip()
+    if key not in known_keys() or key == "method":
+        raise ConfigError(f"--set {text}: unknown key {key!r}; did you mean {nearest_key(key)!r}?")
+    return key, value.strip()
+
+
+def build_config(*layers: dict[str, object]) -> Config:
+    """Merges flat layers, weakest first, and checks every value.
+
+    Raises:
+        ConfigError: a value of the wrong type or outside its range.
+    """
+    flat: dict[str, object] = {}
+    for layer in layers:
+        flat.update(layer)
+    sections = {}
+    for section in SECTIONS:
+        cls = _section_type(section)
+        hints = typing.get_type_hints(cls)
+        values = {}
+        for f in dataclasses.fields(cls):
+            key = f"{section}.{f.name}"
+            if key in flat:
+                values[f.name] = _convert(key, flat[key], hints[f.name])
+        sections[section] = cls(**values)
+    return Config(method=str(flat.get("method", "trelm")), **sections)
+
+
+def load_config(
+    method: str | None = None,
+    file: str | Path | None = None,
+    overrides: dict[str, object] | None = None,
+) -> Config:
+    """Defaults < preset < ``file`` < ``overrides`` (flat). ``method`` wins over the file's."""
+    from_file = read_config_file(file) if file else {}
+    name = method or from_file.get("method") or "trelm"
+    return build_config(read_preset(str(name)), from_file, overrides or {}, {"method": name})

@@ -1,0 +1,23 @@
+"""Errors a user can act on, each one clear line, and the exit codes they end with."""
+
+EXIT_DONE = 0
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # stopped on request, checkpoint written: start again to go on
+
+
+class TrelmError(Exception):
+    """Base of every error whose message is meant for the user; the process exits with 2."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class ConfigError(TrelmError):
+    """A flag, preset or configuration file asks for something unknown or impossible."""
+
+
+class DataError(TrelmError):
+    """A corpus, shard, graph, table or vocabulary is missing, corrupt or inconsistent."""
+
+
+class CheckpointError(TrelmError):
+    """A checkpoint is missing, incomplete, corrupt or belongs to a different run."""
