@@ -52,5 +52,6 @@ def run_ranks(function, world_size: int, *args) -> list:
             reports = [p.read_text() for p in sorted(Path(folder).glob("*.error"))]
             raise AssertionError("\n".join(reports) or str(error)) from error
         return [
-            torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
+            for rank in range(world_size)
         ]

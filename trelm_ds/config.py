@@ -52,9 +52,7 @@ def _choice(name: str, value, choices) -> None:
 
 def _fraction(name: str, value: float, *, open_low: bool = False) -> None:
     low_ok = value > 0 if open_low else value >= 0
-    _require(
-        low_ok and value <= 1, f"{name}: {value} must be in {'(' if open_low else '['}0, 1]"
-    )
+    _require(low_ok and value <= 1, f"{name}: {value} must be in {'(' if open_low else '['}0, 1]")
 
 
 @dataclass(kw_only=True)
@@ -76,7 +74,12 @@ class ModelConfig:
     def __post_init__(self):
         _choice("model.model_type", self.model_type, ("bert", "roberta"))
         _choice("model.attn_implementation", self.attn_implementation, ("sdpa", "eager"))
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+        ):
             _require(getattr(self, name) > 0, f"model.{name} must be positive")
         _require(
             self.hidden_size % self.num_attention_heads == 0,
@@ -111,7 +114,9 @@ class InjectionConfig:
 
     form: str = "kge"  # kge: TransE vectors; encoder: shared encoder on texts (DKPLM); none
     selection: str = "importance"  # importance (Eq. 1) | klt (DKPLM) | long_tail | frequent | all
-    quantile: float | None = None  # importance threshold as a quantile; None: the sentence's mean SI
+    quantile: float | None = (
+        None  # importance threshold as a quantile; None: the sentence's mean SI
+    )
     max_per_128_tokens: int = 4  # K
     probability: float = 1.0  # chance that an eligible mention is injected in an epoch
     long_tail_words: bool = True  # rare word types are memory keys too (Fig. 2)
@@ -236,19 +241,19 @@ class TrainConfig:
     warmup_ratio: float = 0.06
     min_lr_ratio: float = 0.0
     seed: int = 42
-    bf16: bool = False
+    bf16: bool | None = None  # None: where the accelerator is a GPU that has it
     logging_steps: int = 20
     eval_steps: int = 200  # 0: only at the start and the end
     eval_batches: int = 16  # held-out micro-batches per evaluation
     save_steps: int = 200  # 0: only at the end
     save_total_limit: int = 2
     resume_from_checkpoint: str | None = None  # latest | a checkpoint folder
-    report_to: str = "none"  # tensorboard | wandb | none
+    report_to: str = "none"  # tensorboard | wandb | csv | none
     export: bool = True  # write OUTPUT_DIR/hf at the end
 
     def __post_init__(self):
         _choice("train.lr_scheduler_type", self.lr_scheduler_type, ("linear", "cosine", "constant"))
-        _choice("train.report_to", self.report_to, ("tensorboard", "wandb", "none"))
+        _choice("train.report_to", self.report_to, ("tensorboard", "wandb", "csv", "none"))
         for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
         for name in ("learning_rate", "adam_epsilon"):
@@ -288,13 +293,18 @@ def _section_type(name: str):
 def known_keys() -> list[str]:
     """Every ``section.key``, for suggestions and ``--help``."""
     return ["method"] + [
-        f"{section}.{f.name}" for section in SECTIONS for f in dataclasses.fields(_section_type(section))
+        f"{section}.{f.name}"
+        for section in SECTIONS
+        for f in dataclasses.fields(_section_type(section))
     ]
 
 
 def nearest_key(key: str) -> str:
     """The known key most like ``key``; a bare name is matched against the last parts too."""
     keys = known_keys()
+    longer = [k for k in keys if key and (k.startswith(key) or k.partition(".")[2].startswith(key))]
+    if longer:
+        return longer[0]
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if not near:
         tails = {k.rpartition(".")[2]: k for k in keys}
@@ -356,7 +366,9 @@ def flatten(tree: dict, origin: str) -> dict[str, object]:
         elif section in SECTIONS:
             raise ConfigError(f"{origin}: section {section!r} must be a mapping")
         else:
-            raise ConfigError(f"{origin}: unknown key {section!r}; did you mean {nearest_key(str(section))!r}?")
+            raise ConfigError(
+                f"{origin}: unknown key {section!r}; did you mean {nearest_key(str(section))!r}?"
+            )
     known = set(known_keys())
     for key in flat:
         if key not in known:
@@ -372,7 +384,9 @@ def read_config_file(path: str | Path) -> dict[str, object]:
     try:
         tree = yaml.safe_load(path.read_text())  # JSON is YAML
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML or JSON: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{path}: not valid YAML or JSON: {' '.join(str(error).split())}"
+        ) from None
     return flatten(tree or {}, str(path))
 
 

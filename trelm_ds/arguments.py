@@ -1,0 +1,93 @@
+"""Command-line flags of ``launch/pretrain.py``, in Hugging Face's names, as configuration layers."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import typing
+
+from trelm_ds.config import (
+    SECTIONS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    load_config,
+    nearest_key,
+    parse_assignment,
+    preset_names,
+)
+from trelm_ds.errors import ConfigError
+
+# Sections whose keys are flags by their own name; the method's knobs go through --set.
+FLAG_SECTIONS = {"train": TrainConfig, "model": ModelConfig, "data": DataConfig}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors become ConfigError, and an unknown flag names the nearest known one."""
+
+    def error(self, message: str):
+        raise ConfigError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="launch/pretrain.py",
+        description="Pre-train a knowledge-enhanced BERT or RoBERTa (TRELM and its baselines).",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--deepspeed", metavar="JSON", help="DeepSpeed configuration (ds_configs/*.json)"
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON run configuration")
+    parser.add_argument("--method", metavar="NAME", help=f"preset: {', '.join(preset_names())}")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="any configuration key; repeatable, strongest",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print what would run, then exit")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    for section, cls in FLAG_SECTIONS.items():
+        group = parser.add_argument_group(section)
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            options = typing.get_args(hints[f.name]) or (hints[f.name],)
+            # A bare --bf16 means true; --bf16 false switches it off.
+            bare = {"nargs": "?", "const": "true"} if bool in options else {}
+            group.add_argument(
+                f"--{f.name}", default=None, metavar="VALUE", help=f"default {f.default}", **bare
+            )
+    return parser
+
+
+def parse_arguments(argv: list[str]) -> tuple[Config, argparse.Namespace]:
+    """The resolved configuration and the flags that are not part of it.
+
+    Raises:
+        ConfigError: an unknown flag, preset or key (the nearest known one is named), or a value
+            that does not fit.
+    """
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = next((a for a in unknown if a.startswith("-")), unknown[0])
+        flag = flag.partition("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+        hint = near[0] if near else f"--set {nearest_key(flag.lstrip('-'))}=..."
+        raise ConfigError(f"unknown argument {flag!r}; did you mean {hint!r}?")
+    overrides: dict[str, object] = {}
+    for section, cls in FLAG_SECTIONS.items():
+        for f in dataclasses.fields(cls):
+            value = getattr(args, f.name)
+            if value is not None:
+                overrides[f"{section}.{f.name}"] = value
+    overrides.update(parse_assignment(text) for text in args.set)
+    return load_config(args.method, args.config, overrides), args
+
+
+assert set(FLAG_SECTIONS) <= set(SECTIONS)

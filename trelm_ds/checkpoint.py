@@ -1,0 +1,375 @@
+"""All-or-nothing checkpoints: DeepSpeed's shards, the memory bank, RNG and the data position.
+
+A checkpoint is a folder ``checkpoints/step_00000100`` that exists only when it is complete:
+every rank writes into a temporary folder, the files' SHA-256 go into ``MANIFEST.json``, the folder
+is renamed, and then ``LATEST`` is replaced. DeepSpeed's own ``latest`` is not used: it is written
+before the other ranks have finished (docs/architecture.md). DeepSpeed's shards are pickles, so
+nothing is loaded before the manifest of a run's own folder has been verified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from trelm_ds.distributed import World, barrier, gather_objects
+from trelm_ds.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "trelm-checkpoint-v1"
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+LATEST = "LATEST"
+TEMPORARY = "tmp-"
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; everything else it needs is a function of this and the configuration.
+
+    Attributes:
+        step: optimizer steps taken, skipped ones included; the data position is ``step`` global
+            batches.
+        applied_steps: those of them that updated the weights and the memory bank.
+        clock_s: training seconds, evaluation and queue time excluded.
+        tokens_seen: real tokens consumed.
+    """
+
+    step: int = 0
+    applied_steps: int = 0
+    clock_s: float = 0.0
+    tokens_seen: int = 0
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _payload_files(folder: Path) -> list[str]:
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST
+    )
+
+
+def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _agree(problem: str | None, group=None) -> str | None:
+    """The first rank's problem, the same on every rank, so that all go the same way."""
+    problems = [f"rank {r}: {p}" for r, p in enumerate(gather_objects(problem, group)) if p]
+    return problems[0] if problems else None
+
+
+class Checkpointer:
+    """Saves and restores a run under ``OUTPUT_DIR/checkpoints``.
+
+    Args:
+        output_dir: the run's folder, on a file system all ranks share.
+        world: this process's place in the job.
+        identity: what a resumed run must have in common with the saved one (data set, seed,
+            global batch, ...); differences are refused, each named.
+        limit: checkpoints to keep.
+        group: host-side process group for the small decisions.
+    """
+
+    def __init__(
+        self, output_dir: Path, world: World, identity: dict, limit: int, device, group=None
+    ):
+        self.folder = Path(output_dir) / "checkpoints"
+        self._world = world
+        self._identity = identity
+        self._limit = limit
+        self._device = device
+        self._group = group
+
+    # -- saving ---------------------------------------------------------------------------------
+
+    def save(self, state: TrainState, engine, bank, routing_state: dict, extras: dict) -> Path:
+        """Writes one checkpoint; on every rank, at the same step.
+
+        Args:
+            state: the run's position.
+            engine: the DeepSpeed engine.
+            bank: memory bank or None.
+            routing_state: ``RoutingController.state_dict()``: tensors, equal on all ranks.
+            extras: files for rank 0 to write, ``{relative name: text}`` or a folder to copy.
+        Returns:
+            The published folder.
+        Raises:
+            CheckpointError: a rank failed; nothing was published and the last checkpoint stands.
+        """
+        name = checkpoint_name(state.step)
+        final, temporary = self.folder / name, self.folder / f"{TEMPORARY}{name}"
+        if self._world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+        barrier(self._group)
+        problem = None
+        try:
+            engine.save_checkpoint(str(self.folder), tag=temporary.name, save_latest=False)
+            if bank is not None:
+                bank.save(temporary / "bank")
+            rng = temporary / f"rng_{self._world.rank:05d}.safetensors"
+            save_file(_rng_state(self._device), str(rng))
+            if self._world.is_main:
+                self._write_main(temporary, state, engine, routing_state, extras)
+        except OSError as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem := _agree(problem, self._group):
+            if self._world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"checkpoint {name} was not written: {problem}")
+        hashes = self._hash_files(temporary)
+        if self._world.is_main:
+            self._publish(temporary, final, hashes)
+        barrier(self._group)
+        return final
+
+    def _write_main(self, folder, state, engine, routing_state, extras) -> None:
+        if routing_state:
+            save_file(
+                {k: v.contiguous() for k, v in routing_state.items()},
+                folder / "routing.safetensors",
+            )
+        document = {
+            "format": FORMAT,
+            "identity": self._identity,
+            "world_size": self._world.size,
+            "zero_stage": engine.zero_optimization_stage(),
+            "bf16": bool(engine.bfloat16_enabled()),
+            **asdict(state),
+        }
+        (folder / STATE).write_text(json.dumps(document, indent=2) + "\n")
+        for name, content in extras.items():
+            target = folder / name
+            if isinstance(content, Path):
+                shutil.copytree(content, target, dirs_exist_ok=True)
+            else:
+                target.write_text(content)
+
+    def _hash_files(self, folder: Path) -> dict[str, dict]:
+        """Size and SHA-256 of every file, the work shared by the ranks."""
+        names = _payload_files(folder)
+        mine = {}
+        for name in names[self._world.rank :: self._world.size]:
+            path = folder / name
+            _fsync(path)
+            mine[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        merged = {}
+        for part in gather_objects(mine, self._group):
+            merged.update(part)
+        return merged
+
+    def _publish(self, temporary: Path, final: Path, hashes: dict) -> None:
+        manifest = {"format": FORMAT, "files": dict(sorted(hashes.items()))}
+        _replace_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        _fsync(temporary)
+        if final.exists():  # left by an earlier try at the same step
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _fsync(self.folder)
+        _replace_text(self.folder / LATEST, final.name + "\n")
+        for old in self._published()[self._limit :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _published(self) -> list[Path]:
+        """Complete checkpoints, newest first."""
+        folders = [p.parent for p in self.folder.glob(f"step_*/{MANIFEST}")]
+        return sorted(folders, key=lambda p: p.name, reverse=True)
+
+    # -- restoring ------------------------------------------------------------------------------
+
+    def has_any(self) -> bool:
+        return self.folder.is_dir() and any(self.folder.glob("step_*"))
+
+    def find(self, which: str) -> Path | None:
+        """The checkpoint to resume from, the same on every rank, verified.
+
+        Args:
+            which: ``latest``, or a checkpoint's folder.
+        Returns:
+            Its folder; None for ``latest`` in a run folder that has never saved one.
+        Raises:
+            CheckpointError: there are checkpoints but none is intact, or the named one is not.
+        """
+        if which == "latest":
+            names = [[str(p) for p in sorted(self.folder.glob("step_*"), reverse=True)]]
+            candidates = [Path(p) for p in gather_objects(names[0], self._group)[0]]
+            if not candidates:
+                return None
+        else:
+            candidates = [Path(which)]
+        problems = []
+        for candidate in candidates:
+            problem = self._verify(candidate)
+            if problem is None:
+                if problems and self._world.is_main:
+                    logger.warning("using %s: %s", candidate.name, "; ".join(problems))
+                return candidate
+            problems.append(problem)
+        raise CheckpointError("no intact checkpoint to resume from: " + "; ".join(problems))
+
+    def _verify(self, folder: Path) -> str | None:
+        try:
+            manifest = read_manifest(folder)
+            problem = check_files(folder, manifest, self._world.rank, self._world.size)
+        except CheckpointError as error:
+            problem = str(error)
+        return _agree(problem, self._group)
+
+    def restore(self, folder: Path, engine, bank, routing) -> TrainState:
+        """Loads a verified checkpoint into the engine, the memory bank and the routing.
+
+        Raises:
+            CheckpointError: it belongs to another run (every difference is named), or DeepSpeed
+                refuses it.
+        """
+        document = json.loads((folder / STATE).read_text())
+        self._check_identity(folder, document, engine)
+        with _silence():
+            path, _ = engine.load_checkpoint(
+                str(folder.parent), tag=folder.name, load_lr_scheduler_states=False
+            )
+        if path is None:  # DeepSpeed only warns and would train from scratch
+            raise CheckpointError(f"{folder}: DeepSpeed could not load it")
+        if bank is not None:
+            bank.load(folder / "bank")
+        routing_file = folder / "routing.safetensors"
+        if routing_file.exists():
+            routing.load_state_dict(load_file(routing_file))
+        rng = load_file(folder / f"rng_{self._world.rank:05d}.safetensors")
+        torch.set_rng_state(rng["cpu"])
+        if self._device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self._device)
+        return TrainState(**{k: document[k] for k in asdict(TrainState())})
+
+    def _check_identity(self, folder: Path, document: dict, engine) -> None:
+        saved = dict(document.get("identity", {}))
+        wanted = dict(self._identity)
+        saved |= {k: document.get(k) for k in ("world_size", "zero_stage", "bf16")}
+        wanted |= {
+            "world_size": self._world.size,
+            "zero_stage": engine.zero_optimization_stage(),
+            "bf16": bool(engine.bfloat16_enabled()),
+        }
+        differences = [
+            f"{key} was {saved.get(key)!r} and is {wanted.get(key)!r}"
+            for key in sorted(set(saved) | set(wanted))
+            if saved.get(key) != wanted.get(key)
+        ]
+        if differences:
+            raise CheckpointError(f"{folder} belongs to a different run: " + "; ".join(differences))
+
+
+def read_manifest(folder: Path) -> dict:
+    """The parsed manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: no manifest, or not one of this format: nothing in it may be loaded.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {MANIFEST}, so it is not a complete checkpoint")
+    try:
+        manifest = json.loads(path.read_text())
+        files = manifest["files"]
+        if manifest["format"] != FORMAT or not isinstance(files, dict) or STATE not in files:
+            raise KeyError
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise CheckpointError(f"{path}: not a manifest of format {FORMAT}") from None
+    return manifest
+
+
+def check_files(folder: Path, manifest: dict, rank: int = 0, size: int = 1) -> str | None:
+    """The first file that is missing or changed, or None; ``rank`` of ``size`` checks its share."""
+    files = manifest["files"]
+    unknown = set(_payload_files(folder)) - set(files)
+    if unknown:
+        return f"{folder / min(unknown)} is not in the manifest"
+    for name in sorted(files)[rank::size]:
+        path = folder / name
+        if ".." in Path(name).parts or not path.is_file():
+            return f"{path} is missing"
+        if (
+            path.stat().st_size != files[name]["bytes"]
+            or file_sha256(path) != files[name]["sha256"]
+        ):
+            return f"{path} is corrupt (SHA-256 differs from the manifest)"
+    return None
+
+
+@contextlib.contextmanager
+def _silence():
+    """DeepSpeed's conversion and loading code prints progress to stdout."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def load_model_state(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The full model in float32 from any checkpoint of this project, whatever its ZeRO stage.
+
+    Args:
+        folder: ``.../checkpoints/step_00000100``.
+    Returns:
+        ``TrelmModel.state_dict()`` names to float32 tensors (integer buffers as they are).
+    Raises:
+        CheckpointError: missing, incomplete or corrupt; checked before anything is unpickled.
+    """
+    folder = Path(folder)
+    problem = check_files(folder, read_manifest(folder))
+    if problem:
+        raise CheckpointError(problem)
+    document = json.loads((folder / STATE).read_text())
+    if document["zero_stage"] == 0 and not document["bf16"]:
+        shard = torch.load(
+            folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
+        )
+        state = shard["module"]
+    else:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with _silence():
+            state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}

@@ -1,0 +1,120 @@
+"""Who this process is in the job, and the few collectives the trainer makes itself.
+
+Rank and rendezvous come from the launcher's variables (``deepspeed``, ``torchrun``), else from
+SLURM's when the process was started by ``srun``, else the job is this one process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from trelm_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """Ranks of the job and of this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    launcher: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a SLURM node list: ``gpu[003-007,9],login`` gives ``gpu003``."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodelist)
+    if not match:
+        raise ConfigError(f"cannot read the first host of SLURM's node list {nodelist!r}")
+    return match.group(1) + (match.group(2) or "")
+
+
+def _integer(env: dict, name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise ConfigError(f"environment variable {name}={env[name]!r} is not a number") from None
+
+
+def get_world(env: dict | None = None) -> World:
+    """Reads the launcher's variables and completes them for ``torch.distributed``.
+
+    Args:
+        env: defaults to ``os.environ``; RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR
+            and MASTER_PORT are set in it.
+    Raises:
+        ConfigError: a variable is missing or not a number.
+    """
+    env = os.environ if env is None else env
+    if "RANK" in env and "WORLD_SIZE" in env:
+        launcher = "launcher"
+        rank, size = _integer(env, "RANK"), _integer(env, "WORLD_SIZE")
+        local_rank = _integer(env, "LOCAL_RANK") if "LOCAL_RANK" in env else 0
+    elif "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        # SLURM_STEP_*: set by srun only, so that a batch script without srun stays one process.
+        launcher = "slurm"
+        rank, size = _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_STEP_NUM_TASKS")
+        local_rank = _integer(env, "SLURM_LOCALID")
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+        env.setdefault("MASTER_ADDR", first_host(nodes))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    else:
+        launcher, rank, size, local_rank = "none", 0, 1, 0
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        if "MASTER_PORT" not in env:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                env["MASTER_PORT"] = str(probe.getsockname()[1])
+    if not 0 <= rank < size:
+        raise ConfigError(f"rank {rank} is not below the world size {size}")
+    for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local_rank)):
+        env[name] = str(value)
+    env.setdefault(
+        "LOCAL_SIZE", env.get("LOCAL_WORLD_SIZE", "1" if launcher != "slurm" else str(size))
+    )
+    return World(rank, size, local_rank, launcher)
+
+
+def is_initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def cpu_group():
+    """A gloo group for small host-side collectives: no device synchronisation, own order."""
+    return (
+        dist.new_group(backend="gloo") if is_initialised() and dist.get_world_size() > 1 else None
+    )
+
+
+def gather_vector(values: list[float], group=None) -> torch.Tensor:
+    """Every rank's ``values`` as float64 [world, len(values)]; one small host collective."""
+    mine = torch.tensor(values, dtype=torch.float64)
+    if not is_initialised() or dist.get_world_size() == 1:
+        return mine[None]
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine, group=group)
+    return torch.stack(rows)
+
+
+def gather_objects(value, group=None) -> list:
+    """``value`` of every rank, in rank order (small, JSON-like objects only)."""
+    if not is_initialised() or dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def barrier(group=None) -> None:
+    if is_initialised() and dist.get_world_size() > 1:
+        dist.barrier(group=group)

@@ -1,0 +1,192 @@
+"""The DeepSpeed engine: its configuration resolved against the run's, started quietly."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from trelm_ds.config import Config
+from trelm_ds.distributed import World
+from trelm_ds.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT_MINUTES = 30  # a rank that stops answering ends the job after this
+
+
+def read_deepspeed_config(path: str | Path) -> dict:
+    """The parsed DeepSpeed JSON.
+
+    Raises:
+        ConfigError: no such file, or not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"--deepspeed {path}: no such file")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--deepspeed {path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"--deepspeed {path}: expected a JSON object")
+    return config
+
+
+def zero_stage(ds_config: dict) -> int:
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage: {stage!r} is not 0, 1, 2 or 3")
+    return stage
+
+
+def use_bf16(config: Config, device: torch.device) -> bool:
+    if config.train.bf16 is not None:
+        return config.train.bf16
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def resolve_deepspeed_config(ds_config: dict, config: Config, world_size: int, bf16: bool) -> dict:
+    """Fills every ``"auto"`` from the run's configuration and checks what is written out.
+
+    Raises:
+        ConfigError: one message with every value that contradicts the run's configuration, or a
+            part of DeepSpeed that the trainer does itself (optimizer, scheduler, fp16).
+    """
+    resolved = copy.deepcopy(ds_config)
+    train = config.train
+    micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    wanted = {
+        "train_batch_size": micro * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.max_grad_norm,
+    }
+    problems = []
+    for key, value in wanted.items():
+        given = resolved.get(key, "auto")
+        if given != "auto" and given != value:
+            problems.append(f"{key} is {given} but the run needs {value}")
+        resolved[key] = value
+    section = resolved.setdefault("bf16", {})
+    if section.get("enabled", "auto") not in ("auto", bf16):
+        problems.append(f"bf16.enabled is {section['enabled']} but the run has bf16 {bf16}")
+    section["enabled"] = bf16
+    if resolved.get("fp16", {}).get("enabled"):
+        problems.append("fp16 is not supported: use bf16")
+    for part in ("optimizer", "scheduler"):
+        if part in resolved:
+            problems.append(f"{part} belongs to the run's configuration (train.*): remove it")
+    if problems:
+        raise ConfigError(
+            "the DeepSpeed configuration contradicts the run's: "
+            + "; ".join(problems)
+            + ' (write "auto" for values shared with the trainer)'
+        )
+    # The optimizer is this project's own: DeepSpeed has to accept it, offloaded or not.
+    resolved["zero_allow_untested_optimizer"] = True
+    if "offload_optimizer" in resolved.get("zero_optimization", {}):
+        resolved["zero_force_ds_cpu_optimizer"] = False
+    resolved.setdefault("steps_per_print", 10**9)
+    left = [k for k, v in _leaves(resolved) if v == "auto"]
+    if left:
+        raise ConfigError(
+            f'DeepSpeed keys left "auto" that the trainer does not know: {", ".join(left)}'
+        )
+    return resolved
+
+
+def _leaves(tree: dict, prefix: str = ""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def add_tracker(ds_config: dict, report_to: str, output_dir: Path) -> None:
+    """Switches on one of DeepSpeed's monitors (TensorBoard, Weights & Biases, CSV)."""
+    if report_to == "none":
+        return
+    if report_to == "wandb":
+        ds_config["wandb"] = {"enabled": True, "project": "trelm_ds", "group": output_dir.name}
+        return
+    key = {"tensorboard": "tensorboard", "csv": "csv_monitor"}[report_to]
+    ds_config[key] = {
+        "enabled": True,
+        "output_path": str(output_dir / "logs"),
+        "job_name": report_to,
+    }
+
+
+def check_tracker(report_to: str) -> None:
+    module = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(report_to)
+    if module:
+        import importlib.util
+
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"--report_to {report_to} needs the package {module}: pip install -e '.[tracking]'"
+            )
+
+
+def local_device(world: World) -> torch.device:
+    """This rank's accelerator, or the CPU."""
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if world.local_rank >= count:
+            raise ConfigError(
+                f"local rank {world.local_rank} has no GPU: this machine shows {count}"
+            )
+        return torch.device("cuda", world.local_rank)
+    return torch.device("cpu")
+
+
+def quiet_deepspeed(device: torch.device) -> None:
+    """Imports DeepSpeed without its banner lines and without the build a trainer never uses.
+
+    On a CPU DeepSpeed compiles ``deepspeed_shm_comm`` at every cold start, about a minute, for an
+    all-reduce that only its inference code calls. Declaring the operator incompatible skips it.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        handler.setLevel(logging.WARNING)
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def init_distributed(world: World, device: torch.device) -> None:
+    """Joins the job's process group (NCCL on GPUs, gloo on CPUs), also for a single process."""
+    quiet_deepspeed(device)
+    import deepspeed
+
+    minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", DEFAULT_TIMEOUT_MINUTES))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=minutes),
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def build_engine(model: torch.nn.Module, optimizer, ds_config: dict):
+    """``deepspeed.initialize`` with the project's optimizer; returns the engine."""
+    import deepspeed
+
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    return engine
