@@ -226,7 +226,7 @@ class RoutingConfig:
 class TrainConfig:
     """Optimisation, the run's length, and what is written when. Hugging Face's names."""
 
-    output_dir: str = "outputs/run"
+    output_dir: str | None = None  # None: outputs/METHOD, numbered where that exists
     max_steps: int = 600
     max_hours: float | None = None  # training clock; evaluation and queue time are not charged
     per_device_train_batch_size: int = 16  # sequences of a micro-batch

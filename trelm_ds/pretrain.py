@@ -1,0 +1,212 @@
+"""``launch/pretrain.py``: flags to configuration to a trainer, and the exit code of the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from trelm_ds.arguments import parse_arguments
+from trelm_ds.config import Config
+from trelm_ds.distributed import World, barrier, gather_objects, get_world
+from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, TrelmError
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_DIR = "outputs/sample_data"
+DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 2}}
+
+
+def setup_logging(world: World, output_dir: Path | None = None) -> None:
+    """Rank 0 speaks on the console, every rank writes ``logs/rank_N.log``."""
+    root = logging.getLogger("trelm_ds")
+    if not root.handlers:
+        console = logging.StreamHandler(sys.stdout)
+        console.setLevel(logging.INFO if world.is_main else logging.ERROR)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        root.addHandler(console)
+        root.setLevel(logging.INFO)
+        root.propagate = False
+    if output_dir is not None:
+        folder = output_dir / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(folder / f"rank_{world.rank}.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        root.addHandler(file)
+
+
+def choose_output_dir(config: Config) -> Path:
+    """The run's folder; without ``--output_dir`` the first free ``outputs/METHOD[-N]``.
+
+    Raises:
+        ConfigError: the folder holds another run's checkpoints and nothing was said about resuming.
+    """
+    train = config.train
+    if train.output_dir is None:
+        if train.resume_from_checkpoint == "latest":
+            raise ConfigError("--resume_from_checkpoint latest needs --output_dir")
+        path, number = Path("outputs") / config.method, 1
+        while path.exists():
+            number += 1
+            path = Path("outputs") / f"{config.method}-{number}"
+        return path
+    path = Path(train.output_dir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--output_dir {path} is a file")
+    if any(path.glob("checkpoints/step_*")) and not train.resume_from_checkpoint:
+        raise ConfigError(
+            f"{path} holds checkpoints of an earlier run: go on with "
+            "--resume_from_checkpoint latest, or choose another --output_dir"
+        )
+    return path
+
+
+def ensure_sample(data_dir: Path) -> None:
+    """Writes the embedded corpus's shards where they are not there yet."""
+    if (data_dir / "manifest.json").exists():
+        return
+    logger.info("writing the sample corpus to %s", data_dir)
+    from trelm_ds.prepare.cli import prepare
+
+    prepare(["sample", "--output", str(data_dir)])
+
+
+def _prepare_folders(config: Config, world: World) -> None:
+    """Rank 0 picks the folders and writes what is missing; every rank takes its choice."""
+    choice, problem = None, None
+    if world.is_main:
+        try:
+            output = choose_output_dir(config)
+            data = Path(config.data.data_dir or SAMPLE_DIR)
+            if config.data.data_dir is None:
+                ensure_sample(data)
+            elif not (data / "manifest.json").is_file():
+                raise DataError(
+                    f"--data_dir {data}: no manifest.json there; write it with launch/prepare.py"
+                )
+            output.mkdir(parents=True, exist_ok=True)
+            choice = (str(output), str(data))
+        except TrelmError as error:
+            problem = error
+    choice, problem = gather_objects((choice, problem))[0]
+    if problem is not None:
+        raise problem
+    config.train.output_dir, config.data.data_dir = choice
+
+
+def _write_records(config: Config, ds_config: dict) -> None:
+    from trelm_ds import environment
+
+    output = Path(config.train.output_dir)
+    config.save(output / "config.json")
+    record = environment.describe() | {"deepspeed_config": ds_config}
+    (output / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _dry_run(config: Config, ds_config: dict, world: World) -> None:
+    """Builds the model on this host only to count it, and prints what would run."""
+    if not world.is_main:
+        return
+    from trelm_ds.data.shards import load_manifest
+    from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+    from trelm_ds.model import TrelmModel
+    from trelm_ds.routing.controller import refuse_unsupported
+    from trelm_ds.trainer import describe_run
+
+    data = Path(config.data.data_dir or SAMPLE_DIR)
+    if config.data.data_dir is None:
+        ensure_sample(data)
+    manifest = load_manifest(data)
+    refuse_unsupported(config, ds_config.get("zero_optimization", {}).get("stage", 0))
+    model = TrelmModel.build(config, data, KnowledgeGraph.load(data), KnowledgeTables.load(data))
+    keys = manifest["graph"]["entities"] + manifest["long_tail_words"]
+    print(describe_run(config, ds_config, world.size, model, keys))
+
+
+def run(argv: list[str], stop) -> int:
+    """One training run; returns its exit code.
+
+    Raises:
+        TrelmError: bad input, before or while the parts are built.
+    """
+    config, args = parse_arguments(argv)
+    world = get_world()
+    setup_logging(world)
+    from trelm_ds import engine as engines
+
+    device = engines.local_device(world)
+    engines.check_tracker(config.train.report_to)
+    given = engines.read_deepspeed_config(args.deepspeed) if args.deepspeed else DEFAULT_DEEPSPEED
+    bf16 = engines.use_bf16(config, device)
+    ds_config = engines.resolve_deepspeed_config(given, config, world.size, bf16)
+    if args.dry_run:
+        _dry_run(config, ds_config, world)
+        return EXIT_DONE
+    if world.is_main:
+        logger.info(
+            "%s on %d rank(s), %s, ZeRO %d; starting DeepSpeed",
+            config.method,
+            world.size,
+            device.type,
+            engines.zero_stage(ds_config),
+        )
+    engines.init_distributed(world, device)
+    _prepare_folders(config, world)
+    output = Path(config.train.output_dir)
+    setup_logging(world, output)
+    engines.add_tracker(ds_config, config.train.report_to, output)
+    from trelm_ds.ops.build import ensure_built
+    from trelm_ds.trainer import Trainer
+
+    ensure_built()
+    trainer = Trainer(config, ds_config, world, device, stop)
+    trainer.resume()
+    if world.is_main:
+        _write_records(config, ds_config)
+    complete = trainer.train()
+    if complete:
+        trainer.finish()
+        if world.is_main:
+            _print_summary(output, trainer)
+    elif world.is_main:
+        logger.info("stopped on request at step %d; start again with", trainer.state.step)
+        logger.info("  --output_dir %s --resume_from_checkpoint latest", output)
+    barrier()
+    return EXIT_DONE if complete else EXIT_STOPPED
+
+
+def _print_summary(output: Path, trainer) -> None:
+    logger.info("done: %d steps", trainer.state.step)
+    logger.info("  checkpoint      %s", trainer.checkpoints.folder)
+    if trainer.config.train.export:
+        logger.info("  exported model  %s", output / "hf")
+    logger.info("  metrics         %s", output / "metrics.jsonl")
+    logger.info("  plot            %s", output / "curves.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: signals first, one line per user error, then the exit code."""
+    from trelm_ds.stopping import StopRequest
+
+    stop = StopRequest()
+    stop.install()
+    try:
+        code = run(sys.argv[1:] if argv is None else argv, stop)
+    except TrelmError as error:
+        # Ranks fail alike on bad input: one of them says so.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            logger.warning("error: %s", error)
+        code = error.exit_code
+    except Exception:
+        logger.exception("rank %s failed", os.environ.get("RANK", "0"))
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    if code not in (EXIT_DONE, EXIT_STOPPED):
+        os._exit(code)  # do not wait in the process group's destructor for ranks that still run
+    return code

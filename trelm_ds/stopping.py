@@ -1,0 +1,22 @@
+"""A stop request: a signal sets a flag, the ranks agree on it at the next step."""
+
+from __future__ import annotations
+
+import signal
+
+
+class StopRequest:
+    """Set by SIGUSR1, SIGTERM or SIGINT. Installed first thing, before anything is imported:
+    SIGUSR1's default action would end the process."""
+
+    def __init__(self):
+        self.requested = False
+
+    def install(self) -> None:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        self.requested = True

@@ -1,0 +1,606 @@
+"""The training loop, one for every method: load, look up, step, commit, log, evaluate, save.
+
+A run is a function of its configuration and one integer, the step: the data order, masks, negatives,
+schedules and random paths are derived from it, so a checkpoint holds the weights, the optimizer,
+the memory bank, the routing state, the ranks' dropout generators and that integer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trelm_ds import engine as engines
+from trelm_ds.checkpoint import Checkpointer, TrainState, checkpoint_name, load_model_state
+from trelm_ds.config import Config
+from trelm_ds.data.loader import StepLoader, heldout_batches
+from trelm_ds.data.shards import load_manifest
+from trelm_ds.distributed import World, barrier, cpu_group, gather_objects, gather_vector
+from trelm_ds.errors import CheckpointError, ConfigError, DataError
+from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
+from trelm_ds.export import export_model
+from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+from trelm_ds.memory.bank import MemoryBank
+from trelm_ds.metrics import (
+    MetricLog,
+    RollingRate,
+    Stopwatch,
+    console_line,
+    peak_flops,
+    peak_memory_gib,
+    plot_curves,
+    training_flops,
+)
+from trelm_ds.model import Normalizers, TrelmModel, parameter_groups
+from trelm_ds.optim import PathAdamW
+from trelm_ds.routing.controller import RoutingController, refuse_unsupported
+from trelm_ds.schedules import learning_rate, memory_epoch, memory_weight
+from trelm_ds.stopping import StopRequest
+from trelm_ds.zero_layout import routed_fragments
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 5  # non-finite steps before the run gives up
+
+
+class TrainingError(Exception):
+    """The run cannot go on (not the user's input): exit code 1, the last checkpoint stands."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What every rank knows about a step before it computes: global counts and the schedule.
+
+    Attributes:
+        step: optimizer steps done before this one.
+        progress: share of the run's budget spent, in [0, 1].
+        lr: learning rate.
+        memory_weight: lambda_q of Eq. 8.
+        normalizers: divisors of this rank's loss sums such that DeepSpeed's mean over ranks and
+            micro-batches is the exact mean over the global batch.
+        tokens, masked, sequences: global counts.
+    """
+
+    step: int
+    progress: float
+    lr: float
+    memory_weight: float
+    normalizers: Normalizers
+    tokens: int
+    masked: int
+    sequences: int
+
+
+class Trainer:
+    """Builds every part of a run and drives it.
+
+    Args:
+        config: the resolved configuration; ``data.data_dir`` and ``train.output_dir`` are set.
+        ds_config: the resolved DeepSpeed configuration.
+        world: this process's place in the job; the process group is initialised.
+        device: this rank's accelerator.
+        stop: shared flag that ends the run with a checkpoint.
+    """
+
+    def __init__(
+        self, config: Config, ds_config: dict, world: World, device: torch.device, stop: StopRequest
+    ):
+        self.config = config
+        self.world = world
+        self.device = device
+        self.stop = stop
+        self.output_dir = Path(config.train.output_dir)
+        self.data_dir = Path(config.data.data_dir)
+        self.state = TrainState()
+        self.control = cpu_group()
+        self._skipped_in_a_row = 0
+        self._finite = True
+
+        stage = engines.zero_stage(ds_config)
+        refuse_unsupported(config, stage)
+        self.manifest = load_manifest(self.data_dir)
+        self.graph = KnowledgeGraph.load(self.data_dir)
+        self.tables = KnowledgeTables.load(self.data_dir)
+        torch.manual_seed(config.train.seed)  # equal initial weights on all ranks
+        self.model = TrelmModel.build(config, self.data_dir, self.graph, self.tables)
+        ensure_importance(self.model, config, self.data_dir, self.manifest, world, self.control)
+        self.tables = KnowledgeTables.load(self.data_dir)
+        self.loader = StepLoader(
+            config,
+            self.data_dir,
+            rank=world.rank,
+            world_size=world.size,
+            graph=self.graph,
+            tables=self.tables,
+        )
+        self.bank = self._build_bank()
+        self.routing = RoutingController(
+            config.routing,
+            self.model.ffns,
+            self.model.routing_context,
+            total_steps=config.train.max_steps,
+            seed=config.train.seed,
+            process_group=self._new_group(),
+        )
+        train = config.train
+        optimizer = PathAdamW(
+            parameter_groups(self.model, train.weight_decay),
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+        )
+        self.optimizer = optimizer
+        self.model.to(device)
+        self.engine = engines.build_engine(self.model, optimizer, ds_config)
+        if config.routing.form not in ("none", "frozen"):
+            fragments = routed_fragments(self.engine, self.model.routed_parameters())
+            optimizer.bind(fragments, self.routing)
+        # Dropout differs between ranks; the state travels with the checkpoint.
+        torch.manual_seed(config.train.seed + 1_000_003 * (world.rank + 1))
+        self.checkpoints = Checkpointer(
+            self.output_dir,
+            world,
+            self._identity(),
+            config.train.save_total_limit,
+            device,
+            self.control,
+        )
+        self.heldout = heldout_batches(
+            config, self.data_dir, world.rank, world.size, self.graph, self.tables
+        )
+        self.probes = load_probes(self.data_dir, self.model, limit=None)
+
+    # -- construction ---------------------------------------------------------------------------
+
+    def _new_group(self):
+        """Path scores travel on a group of their own, in an order of their own."""
+        return torch.distributed.new_group() if self.world.size > 1 else None
+
+    def _build_bank(self) -> MemoryBank | None:
+        if not self.config.memory.enabled:
+            return None
+        on_cpu = self.config.memory.device == "cpu" or self.device.type == "cpu"
+        bank = MemoryBank(
+            self.loader.num_keys,
+            self.model.hidden_size,
+            self.config.memory,
+            process_group=self.control if on_cpu else self._new_group(),
+            device=torch.device("cpu") if on_cpu else self.device,
+        )
+        bank.initialise(self.model.name_embeddings(self.tables))
+        return bank
+
+    def _identity(self) -> dict:
+        """What a checkpoint and the run that resumes it must share."""
+        return {
+            "dataset_id": self.manifest["dataset_id"],
+            "seed": self.config.train.seed,
+            "global_batch": self.loader.global_batch,
+            "keys": self.loader.num_keys,
+            "vocab_size": self.model.backbone.config.vocab_size,
+            "hidden_size": self.model.hidden_size,
+            "layers": self.model.backbone.config.num_hidden_layers,
+            "method": {
+                name: self.config.to_dict()[name]
+                for name in ("injection", "decoding", "memory", "routing")
+            },
+            "max_steps": self.config.train.max_steps,
+        }
+
+    # -- the run --------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Restores the newest intact checkpoint when asked to, and opens the metrics."""
+        which = self.config.train.resume_from_checkpoint
+        found = self.checkpoints.find(which) if which else None
+        if found is not None:
+            self.state = self.checkpoints.restore(found, self.engine, self.bank, self.routing)
+            logger.info("resumed from %s at step %d", found, self.state.step)
+        elif which:
+            logger.info("no checkpoint in %s yet: starting from step 0", self.checkpoints.folder)
+        self.log = MetricLog(
+            self.output_dir / "metrics.jsonl",
+            self.world.is_main,
+            resume_step=self.state.step if found else None,
+            monitor=getattr(self.engine, "monitor", None),
+        )
+
+    @property
+    def done(self) -> bool:
+        train = self.config.train
+        out_of_time = train.max_hours is not None and self.state.clock_s >= train.max_hours * 3600
+        return self.state.step >= train.max_steps or out_of_time
+
+    def train(self) -> bool:
+        """Runs to the end of the budget or to a stop request.
+
+        Returns:
+            True when the run is complete, False when it stopped on request; a checkpoint of the
+            last step is written either way.
+        """
+        train = self.config.train
+        self._interval = Interval(self.device, self.world.size)
+        if self.state.step == 0:
+            self.evaluate()
+        batches = self.loader.iterate(self.state.step)
+        stopped = False
+        while not self.done:
+            started = time.perf_counter()
+            self._interval.watch.start("data")
+            micro_batches = next(batches)
+            self._interval.watch.stop("data")
+            plan, stopped = self._plan(micro_batches)
+            if stopped:
+                break
+            self._step(micro_batches, plan)
+            self.state.clock_s += time.perf_counter() - started
+            self._interval.seconds += time.perf_counter() - started
+            last = self.done
+            if self.state.step % train.logging_steps == 0 or last:
+                self._log_interval(plan)
+            if last or (train.eval_steps and self.state.step % train.eval_steps == 0):
+                self.evaluate()
+            if train.save_steps and self.state.step % train.save_steps == 0 and not last:
+                self.save()
+        close = getattr(batches, "close", None)
+        if close:
+            close()
+        self.save()
+        return not stopped
+
+    def _plan(self, micro_batches: list) -> tuple[StepPlan, bool]:
+        """One small host collective: global counts, the slowest clock, stop requests, health."""
+        counts = [batch.counts() for batch in micro_batches]
+        row = [
+            float(sum(c["mlm"] for c in counts)),
+            float(sum(c["cka"] for c in counts)),
+            float(sum(c["tokens"] for c in counts)),
+            float(sum(c["sequences"] for c in counts)),
+            float(self.stop.requested),
+            self.state.clock_s,
+            float(self._finite),
+        ]
+        table = gather_vector(row, self.control)
+        self._check_health(table[:, 6])
+        self.state.clock_s = float(table[:, 5].max())
+        masked, decoded, tokens, sequences = table[:, :4].sum(0).tolist()
+        train, state = self.config.train, self.state
+        progress = state.step / train.max_steps
+        if train.max_hours is not None:
+            progress = max(progress, state.clock_s / (train.max_hours * 3600))
+        share = self.world.size * len(micro_batches)
+        q = memory_epoch(
+            state.step,
+            train.max_steps,
+            self.loader.epoch_of_step(state.step),
+            self.loader.epochs(train.max_steps),
+            self.config.memory.virtual_epochs,
+        )
+        plan = StepPlan(
+            step=state.step,
+            progress=progress,
+            lr=learning_rate(max(progress, 0.5 / train.max_steps), train),
+            memory_weight=memory_weight(q, progress, self.config.memory),
+            normalizers=Normalizers(max(1.0, masked) / share, max(1.0, decoded) / share),
+            tokens=int(tokens),
+            masked=int(masked),
+            sequences=int(sequences),
+        )
+        return plan, bool(table[:, 4].max())
+
+    def _check_health(self, finite: torch.Tensor) -> None:
+        """Acts on the last step's losses: a non-finite one was skipped, or has poisoned ZeRO 0.
+
+        Raises:
+            TrainingError: the weights are spoilt, or too many steps in a row were skipped.
+        """
+        bad = [rank for rank, ok in enumerate(finite.tolist()) if not ok]
+        if not bad:
+            return
+        where = f"step {self.state.step}: the loss was not finite on rank(s) {bad}"
+        if self.engine.was_step_applied():
+            raise TrainingError(
+                f"{where} and the update was applied; resume from the last checkpoint"
+            )
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(f"{where}, {self._skipped_in_a_row} steps skipped in a row")
+        logger.warning("%s: update and memory commit skipped", where)
+
+    def _step(self, micro_batches: list, plan: StepPlan) -> None:
+        watch = self._interval.watch
+        for group in self.optimizer.param_groups:
+            group["lr"] = plan.lr
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = plan.lr
+        self.model.train()
+        self.routing.begin_step(plan.step)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for micro_batch in micro_batches:
+            batch = micro_batch.to(self.device, non_blocking=True)
+            watch.start("bank")
+            rows = self.bank.lookup(batch.mention_keys) if plan.memory_weight > 0 else None
+            watch.stop("bank")
+            watch.start("attribution")
+            self.routing.before_micro_batch(self.model, batch, rows, plan.memory_weight)
+            watch.stop("attribution")
+            watch.start("forward")
+            output = self.engine(batch, rows, plan.memory_weight, plan.normalizers)
+            watch.stop("forward")
+            watch.start("backward")
+            self.engine.backward(output.loss)
+            watch.stop("backward")
+            watch.start("bank")
+            if self.bank is not None:
+                row = batch.mention_spans[:, 0]
+                self.bank.stage(
+                    batch.mention_keys,
+                    batch.stream_positions[row],
+                    output.local_memory,
+                    output.cls[row],
+                )
+            watch.stop("bank")
+            finite &= torch.isfinite(output.loss.detach())
+            self._interval.add(output)
+            watch.start("optimizer")
+            self.engine.step()
+            watch.stop("optimizer")
+        self.state.step += 1
+        self._finish_step(plan, bool(finite))
+
+    def _finish_step(self, plan: StepPlan, finite: bool) -> None:
+        """Commits the memory and the paths of an applied step, drops those of a skipped one."""
+        self._finite = finite
+        applied = self.engine.was_step_applied()
+        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
+        self.state.applied_steps += int(applied)
+        self.state.tokens_seen += plan.tokens
+        self._interval.watch.start("bank")
+        if self.bank is not None and applied:
+            self.bank.commit(self.state.applied_steps)
+        elif self.bank is not None:
+            self.bank.drop()
+        self._interval.watch.stop("bank")
+        self.routing.end_step(applied)
+        self._interval.steps += 1
+        self._interval.tokens += plan.tokens
+        self._interval.masked += plan.masked
+        self._interval.sequences += plan.sequences
+
+    # -- what a run tells -----------------------------------------------------------------------
+
+    def _log_interval(self, plan: StepPlan) -> None:
+        interval = self._interval
+        values = interval.metrics(self.model.backbone.config, self.control)
+        norm = self.engine.get_global_grad_norm()
+        values["train/lr"] = plan.lr
+        values["train/grad_norm"] = None if norm is None else float(norm)
+        if not self.config.decoding.enabled:
+            values.pop("train/cka_loss")
+        values["train/tokens_seen"] = self.state.tokens_seen
+        values["train/skipped_steps"] = self.state.step - self.state.applied_steps
+        values["data/quarantined_total"] = 0  # a damaged sample ends the run, see docs
+        if self.bank is not None:
+            values["bank/entities"] = self.bank.visited
+            values["bank/lambda"] = plan.memory_weight
+        values.update(self.routing.metrics())
+        steps_left = self.config.train.max_steps - self.state.step
+        eta = steps_left * interval.seconds / max(1, interval.steps)
+        if self.config.train.max_hours is not None:
+            eta = min(eta, self.config.train.max_hours * 3600 - self.state.clock_s)
+        logger.info(
+            console_line(
+                self.state.step, self.config.train.max_steps, values, self.world.size, max(0.0, eta)
+            )
+        )
+        self.log.write(self.state.step, {"time_s": self.state.clock_s, **values})
+        interval.reset()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Held-out MLM loss and probe P@1, without injection and with lambda = 0."""
+        self.model.eval()
+        values = evaluate_heldout(self.engine.module, self.heldout, self.device, self.control)
+        values |= evaluate_probes(
+            self.engine.module,
+            self.probes,
+            self.device,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            group=self.control,
+        )
+        self.model.train()
+        self.log.write(self.state.step, {"time_s": self.state.clock_s, **values})
+        logger.info(
+            "eval at step %d | %s",
+            self.state.step,
+            " | ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in values.items()),
+        )
+        self.last_evaluation = values
+        return values
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this step, unless the newest one already is of this step."""
+        table = gather_vector([float(self._finite)], self.control)
+        self._check_health(table[:, 0])
+        final = self.checkpoints.folder / checkpoint_name(self.state.step)
+        if self._saved == self.state.step:
+            return final
+        logger.info("saving %s", final)
+        path = self.checkpoints.save(
+            self.state,
+            self.engine,
+            self.bank,
+            self.routing.state_dict(),
+            {
+                "config.json": json.dumps(self.config.to_dict(), indent=2) + "\n",
+                "backbone.json": self.model.backbone.config.to_json_string(),
+                "tokenizer": self.data_dir / "tokenizer",
+            },
+        )
+        self._saved = self.state.step
+        return path
+
+    _saved: int | None = None
+
+    def finish(self) -> None:
+        """Exports the last checkpoint as a Hugging Face folder and draws the curves."""
+        checkpoint = self.checkpoints.folder / checkpoint_name(self.state.step)
+        if self.world.is_main:
+            plot_curves(
+                self.output_dir / "metrics.jsonl",
+                self.output_dir / "curves.png",
+                f"{self.config.method}, {self.manifest.get('name', self.data_dir.name)}",
+            )
+            if self.config.train.export:
+                export_model(
+                    load_model_state(checkpoint),
+                    checkpoint,
+                    self.output_dir / "hf",
+                    metrics=self.last_evaluation,
+                    overwrite=True,
+                )
+        barrier(self.control)
+
+    last_evaluation: dict[str, float] = {}
+
+
+class Interval:
+    """Sums between two log lines; losses stay on the device until they are asked for."""
+
+    def __init__(self, device: torch.device, world_size: int):
+        self._device = device
+        self._world_size = world_size
+        self._peak = peak_flops(device)
+        self.watch = Stopwatch(device)
+        self._rate = RollingRate()
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps = self.tokens = self.masked = self.sequences = 0
+        self.seconds = 0.0
+        self._losses = torch.zeros(4, device=self._device, dtype=torch.float64)
+
+    def add(self, output) -> None:
+        losses = (output.loss, output.mlm_loss, output.cka_loss)
+        self._losses[:3] += torch.stack([x.detach().double() for x in losses])
+        self._losses[3] += 1.0
+
+    def metrics(self, model_config, group) -> dict[str, float]:
+        """Means over the interval, all ranks and micro-batches; times are this rank's."""
+        table = gather_vector(self._losses.tolist(), group).sum(0)
+        loss, mlm, cka = (table[:3] / table[3].clamp(min=1)).tolist()
+        times = self.watch.totals()
+        seconds = max(self.seconds, 1e-9)
+        self._rate.add(self.tokens, seconds)
+        length = self.tokens / max(1, self.sequences)
+        flops = training_flops(model_config, self.tokens, self.masked, length)
+        steps = max(1, self.steps)
+        values = {
+            "train/loss": loss,
+            "train/mlm_loss": mlm,
+            "train/cka_loss": cka,
+            "throughput/tokens_per_s": self._rate.rate,
+            "throughput/step_s": seconds / steps,
+            "throughput/mfu": flops / seconds / self._peak / self._world_size,
+            "data/wait_fraction": times.get("data", 0.0) / seconds,
+            "memory/peak_gib": peak_memory_gib(self._device),
+        }
+        for phase in ("forward", "backward", "attribution", "bank", "optimizer"):
+            values[f"time/{phase}_s"] = times.get(phase, 0.0) / steps
+        return values
+
+
+IMPORTANCE_AUTO_LIMIT = 200_000  # spans that are scored at start-up without being asked to
+
+
+def ensure_importance(model, config: Config, data_dir: Path, manifest: dict, world, group) -> None:
+    """Scores the training mentions with the initial model (Eq. 1) if nobody has yet.
+
+    Raises:
+        DataError: the corpus is too large to be scored on the way; names the command that does.
+    """
+    needed = config.injection.selection in ("importance", "klt") and (
+        config.injection.form != "none" or config.memory.enabled or config.decoding.enabled
+    )
+    path = data_dir / "tables" / "importance.npy"
+    problem = None
+    if world.is_main and needed and not path.exists():
+        spans = manifest["splits"]["train"]["spans"]
+        if spans > IMPORTANCE_AUTO_LIMIT:
+            problem = (
+                f"{path} is missing: score the {spans} mentions first, "
+                f"python launch/prepare.py score --output {data_dir} --model MODEL_DIR"
+            )
+        else:
+            from trelm_ds.knowledge.importance import score_importance
+
+            logger.info("scoring %d mentions with the initial model (Eq. 1), once", spans)
+            score_importance(model, data_dir)
+    problem = gather_objects(problem, group)[0]
+    if problem:
+        raise DataError(problem)
+    barrier(group)
+
+
+def describe_run(config: Config, ds_config: dict, world_size: int, model, num_keys: int) -> str:
+    """The report of ``--dry_run``: configuration, batch arithmetic, parameters, memory estimate."""
+    train = config.train
+    bf16 = ds_config["bf16"]["enabled"]
+    stage = engines.zero_stage(ds_config)
+    counts = model.parameter_counts()
+    micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    estimate = estimate_memory(config, counts, stage, world_size, bf16, model, num_keys)
+    lines = [
+        json.dumps(config.to_dict(), indent=2),
+        f"batch: {micro} sequences x {accumulation} accumulation x {world_size} ranks = "
+        f"{micro * accumulation * world_size} per step, {train.max_steps} steps",
+        f"parameters: {counts['total']:,} total, {counts['trained']:,} trained, "
+        f"{counts['routed']:,} in routed FFNs (of which {config.routing.kept_fraction:.1%} a step)"
+        if config.routing.form not in ("none", "frozen")
+        else f"parameters: {counts['total']:,} total, {counts['trained']:,} trained, 0 routed",
+        f"memory per rank (ZeRO {stage}, {'bf16' if bf16 else 'fp32'}): "
+        + ", ".join(f"{name} {value / 2**20:,.1f} MiB" for name, value in estimate.items())
+        + f"; sum {sum(estimate.values()) / 2**30:.2f} GiB",
+    ]
+    return "\n".join(lines)
+
+
+def estimate_memory(
+    config: Config, counts: dict, stage: int, world_size: int, bf16: bool, model, num_keys: int
+) -> dict[str, float]:
+    """Bytes per rank by part; activations are an upper estimate of the stored tensors."""
+    width = 2 if bf16 else 4
+    total, trained = counts["total"], counts["trained"]
+    hf = model.backbone.config
+    tokens = config.train.per_device_train_batch_size * config.data.max_seq_length
+    per_token_layer = 12 * hf.hidden_size + 2 * hf.intermediate_size
+    layers = hf.num_hidden_layers
+    if config.model.gradient_checkpointing:
+        stored = tokens * (layers * hf.hidden_size + per_token_layer)
+    else:
+        stored = tokens * layers * per_token_layer
+    masked = math.ceil(tokens * config.data.mlm_probability)
+    master = 4 * trained if (bf16 or stage > 0) else 0
+    return {
+        "weights": width * total / (world_size if stage == 3 else 1),
+        "gradients": width * trained / (world_size if stage >= 2 else 1),
+        "optimizer": (8 * trained + master) / (world_size if stage >= 1 else 1),
+        "activations": width * stored + 4 * masked * hf.vocab_size * 2,
+        "memory bank": 8 * num_keys * hf.hidden_size / world_size if config.memory.enabled else 0,
+    }
+
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Trainer",
+    "TrainingError",
+    "describe_run",
+    "estimate_memory",
+]
