@@ -1,4 +1,4 @@
-"""Command-line flags of ``launch/pretrain.py``, in Hugging Face's names, as configuration layers."""
+"""Command-line flags of ``launch/pretrain.py``, in Hugging Face's names, as configuration."""
 
 from __future__ import annotations
 
@@ -77,8 +77,10 @@ def parse_arguments(argv: list[str]) -> tuple[Config, argparse.Namespace]:
         flag = next((a for a in unknown if a.startswith("-")), unknown[0])
         flag = flag.partition("=")[0]
         known = [option for action in parser._actions for option in action.option_strings]
+        key = nearest_key(flag.lstrip("-"))
         near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
-        hint = near[0] if near else f"--set {nearest_key(flag.lstrip('-'))}=..."
+        is_key = key.partition(".")[2] == flag.lstrip("-")
+        hint = near[0] if near and not is_key else f"--set {key}=..."
         raise ConfigError(f"unknown argument {flag!r}; did you mean {hint!r}?")
     overrides: dict[str, object] = {}
     for section, cls in FLAG_SECTIONS.items():

@@ -46,7 +46,8 @@ def _choice(name: str, value, choices) -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
         raise ConfigError(
-            f"{name}: {value!r} is not one of {', '.join(map(str, choices))}; did you mean {near[0]!r}?"
+            f"{name}: {value!r} is not one of {', '.join(map(str, choices))}; "
+            f"did you mean {near[0]!r}?"
         )
 
 
@@ -399,7 +400,8 @@ def read_preset(name: str) -> dict[str, object]:
     if name not in preset_names():
         near = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.0)
         raise ConfigError(
-            f"--method {name}: no such preset; did you mean {near[0]!r}? Known: {', '.join(preset_names())}"
+            f"--method {name}: no such preset; did you mean {near[0]!r}? "
+            f"Known: {', '.join(preset_names())}"
         )
     path = PRESET_DIR / f"{name}.yaml"
     tree = yaml.safe_load(path.read_text()) or {}

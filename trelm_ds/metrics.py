@@ -1,4 +1,4 @@
-"""What a run reports: console lines, ``metrics.jsonl``, trackers, FLOP counts and the final plot."""
+"""What a run reports: console lines, ``metrics.jsonl``, trackers, FLOP counts, the final plot."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The training loop, one for every method: load, look up, step, commit, log, evaluate, save.
 
-A run is a function of its configuration and one integer, the step: the data order, masks, negatives,
-schedules and random paths are derived from it, so a checkpoint holds the weights, the optimizer,
-the memory bank, the routing state, the ranks' dropout generators and that integer.
+A run is a function of its configuration and one integer, the step: the data order, masks,
+negatives, schedules and random paths are derived from it, so a checkpoint holds the weights, the
+optimizer, the memory bank, the routing state, the ranks' dropout generators and that integer.
 """
 
 from __future__ import annotations
