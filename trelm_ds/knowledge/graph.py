@@ -1,0 +1,459 @@
+"""The knowledge graph of a prepared folder and the per-entity tables beside it.
+
+Both are read-only views of files (``graph/``, ``tables/``): arrays are memory-mapped, so the
+processes of a machine share one copy, and both objects travel to loader processes as a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from trelm_ds.data.shards import load_manifest
+from trelm_ds.errors import DataError
+
+NAME_TOKENS = 8  # columns of entity_names and relation_names
+TWO_HOP_CAP = 1000
+
+HEAD, TAIL = 1, 2  # the mention's role in a triple
+
+
+def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    """Memory-maps an ``.npy`` file after checking what it holds.
+
+    Args:
+        path: the file.
+        dtype: the dtype it must have.
+        shape: the shape it must have; None leaves a dimension open.
+    Raises:
+        DataError: missing, not an array file, pickled, or of another dtype or shape.
+    """
+    try:
+        # Empty arrays cannot be mapped; everything else is.
+        mode = "r" if path.stat().st_size > 256 else None
+        array = np.load(path, mmap_mode=mode, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a readable .npy array: {error}") from None
+    if not isinstance(array, np.ndarray):  # np.load opens .npz archives too
+        raise DataError(f"{path}: not a readable .npy array")
+    fits = len(array.shape) == len(shape) and all(
+        want is None or have == want for have, want in zip(array.shape, shape, strict=True)
+    )
+    if array.dtype != np.dtype(dtype) or not fits:
+        raise DataError(
+            f"{path}: {array.dtype} {list(array.shape)}, expected {dtype} "
+            f"{['*' if want is None else want for want in shape]}".replace("'", "")
+        )
+    return array
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes an ``.npy`` file under a temporary name and moves it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _publish(path, lambda file: np.save(file, np.ascontiguousarray(array), allow_pickle=False))
+
+
+def _publish(path: Path, write) -> None:
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_rows(path: Path, rows: Iterable[Sequence]) -> None:
+    """Writes tab-separated rows; white space inside a value becomes single spaces."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(file):
+        for row in rows:
+            line = "\t".join(" ".join(str(value).split()) for value in row)
+            file.write(line.encode("utf-8") + b"\n")
+
+    _publish(path, write)
+
+
+def load_rows(path: Path, columns: int) -> list[list[str]]:
+    """Reads tab-separated rows of exactly ``columns`` values.
+
+    Raises:
+        DataError: missing, not UTF-8, or a line with another number of values.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            rows = [line.rstrip("\n").split("\t") for line in file]
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    for number, row in enumerate(rows, 1):
+        if len(row) != columns:
+            raise DataError(f"{path}: line {number} has {len(row)} values, not {columns}")
+    return rows
+
+
+def _load_numbered_rows(path: Path, columns: int) -> list[list[str]]:
+    rows = load_rows(path, columns)
+    for number, row in enumerate(rows):
+        if row[0] != str(number):
+            raise DataError(f"{path}: line {number + 1} has index {row[0]!r}, not {number}")
+    return rows
+
+
+def _count_lines(path: Path) -> int:
+    try:
+        with open(path, "rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found") from None
+
+
+def _check_triples(triples: np.ndarray, entities: int, relations: int, where: object) -> None:
+    if not len(triples):
+        return
+    if triples.min() < 0:
+        raise DataError(f"{where}: a negative index")
+    if max(triples[:, 0].max(), triples[:, 2].max()) >= entities:
+        raise DataError(f"{where}: an entity index is not below {entities}")
+    if triples[:, 1].max() >= relations:
+        raise DataError(f"{where}: a relation index is not below {relations}")
+
+
+def _triple_codes(triples: np.ndarray, entities: int, relations: int) -> np.ndarray:
+    """int64 [T]: one number per triple, in the order of (head, relation, tail)."""
+    if entities * entities * relations >= 1 << 63:
+        raise DataError(f"{entities} entities and {relations} relations are too many to number")
+    head, relation, tail = triples.T.astype(np.int64)
+    return (head * relations + relation) * entities + tail
+
+
+class KnowledgeGraph:
+    """Entities, relations and training triples; make it with ``load``.
+
+    Attributes:
+        num_entities: N.
+        num_relations: R.
+        triples: int32 [T, 3] rows (head, relation, tail), unique and sorted, memory-mapped.
+        withheld: int32 [*, 3] facts kept out of ``triples``.
+    """
+
+    def __init__(self, folder: str | Path, num_entities: int, num_relations: int):
+        self.folder = Path(folder)
+        self.num_entities = num_entities
+        self.num_relations = num_relations
+
+    def __reduce__(self):
+        # Loader processes map the same files again instead of receiving copies.
+        return KnowledgeGraph, (self.folder, self.num_entities, self.num_relations)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> KnowledgeGraph:
+        """Opens ``folder/graph`` and checks counts, ranges, order and the withheld facts.
+
+        Raises:
+            DataError: naming the file that is missing or inconsistent.
+        """
+        path = Path(folder) / "graph"
+        entities, relations = (_count_lines(path / f"{k}.tsv") for k in ("entities", "relations"))
+        graph = cls(folder, entities, relations)
+        for name in ("triples", "withheld"):
+            _check_triples(getattr(graph, name), entities, relations, path / f"{name}.npy")
+        codes = _triple_codes(graph.triples, entities, relations)
+        if (codes[1:] <= codes[:-1]).any():
+            raise DataError(f"{path / 'triples.npy'}: triples are not sorted and unique")
+        if len(graph.withheld):
+            if np.isin(_triple_codes(graph.withheld, entities, relations), codes).any():
+                raise DataError(f"{path / 'withheld.npy'}: a withheld fact is a training triple")
+        return graph
+
+    @cached_property
+    def triples(self) -> np.ndarray:
+        return load_array(self.folder / "graph" / "triples.npy", "int32", (None, 3))
+
+    @cached_property
+    def withheld(self) -> np.ndarray:
+        return load_array(self.folder / "graph" / "withheld.npy", "int32", (None, 3))
+
+    # Names are read when asked for: millions of strings that loader processes never need.
+
+    @cached_property
+    def _entity_rows(self) -> list[list[str]]:
+        return _load_numbered_rows(self.folder / "graph" / "entities.tsv", 4)
+
+    @cached_property
+    def _relation_rows(self) -> list[list[str]]:
+        return _load_numbered_rows(self.folder / "graph" / "relations.tsv", 3)
+
+    @cached_property
+    def entity_ids(self) -> list[str]:
+        return [row[1] for row in self._entity_rows]
+
+    @cached_property
+    def entity_names(self) -> list[str]:
+        return [row[2] for row in self._entity_rows]
+
+    @cached_property
+    def entity_descriptions(self) -> list[str]:
+        return [row[3] for row in self._entity_rows]
+
+    @cached_property
+    def relation_ids(self) -> list[str]:
+        return [row[1] for row in self._relation_rows]
+
+    @cached_property
+    def relation_names(self) -> list[str]:
+        return [row[2] for row in self._relation_rows]
+
+    @cached_property
+    def aliases(self) -> list[tuple[str, int]]:
+        """(alias, entity index) pairs."""
+        path = self.folder / "graph" / "aliases.tsv"
+        pairs = []
+        for number, (alias, entity) in enumerate(load_rows(path, 2), 1):
+            if not entity.isdecimal() or int(entity) >= self.num_entities:
+                raise DataError(f"{path}: line {number}: entity index {entity!r}")
+            pairs.append((alias, int(entity)))
+        return pairs
+
+    # Triples are sorted by head, so an entity's head edges are a slice of them; tail edges are a
+    # slice of one int32 permutation. Nothing of the size of T x 3 is copied.
+
+    @cached_property
+    def _head_offsets(self) -> np.ndarray:
+        return np.searchsorted(self.triples[:, 0], np.arange(self.num_entities + 1))
+
+    @cached_property
+    def _tail_order(self) -> np.ndarray:
+        return np.argsort(self.triples[:, 2], kind="stable").astype(np.int32)
+
+    @cached_property
+    def _tail_offsets(self) -> np.ndarray:
+        counts = np.bincount(self.triples[:, 2], minlength=self.num_entities)
+        return np.concatenate([[0], np.cumsum(counts)])
+
+    def degree(self, entity: int) -> int:
+        """Edges of an entity, in either role."""
+        heads = self._head_offsets[entity + 1] - self._head_offsets[entity]
+        return int(heads + self._tail_offsets[entity + 1] - self._tail_offsets[entity])
+
+    def degrees(self) -> np.ndarray:
+        """int64 [N]: ``degree`` of every entity."""
+        return np.diff(self._head_offsets) + np.diff(self._tail_offsets)
+
+    def edge(self, entity: int, i: int) -> tuple[int, int, int]:
+        """Row ``i`` of ``edges_of(entity)``, without making the others."""
+        first, last = self._head_offsets[entity : entity + 2].tolist()
+        if i < last - first:
+            _, relation, tail = self.triples[first + i].tolist()
+            return HEAD, relation, tail
+        row = self._tail_order[self._tail_offsets[entity] + i - (last - first)]
+        head, relation, _ = self.triples[row].tolist()
+        return TAIL, relation, head
+
+    def edges_of(self, entity: int) -> np.ndarray:
+        """The triples of an entity.
+
+        Returns:
+            int32 [k, 3] rows (role, relation, other): role 1 where the entity is the head (in the
+            order of ``triples``), then role 2 where it is the tail.
+        """
+        heads = self.triples[self._head_offsets[entity] : self._head_offsets[entity + 1]]
+        order = self._tail_order[self._tail_offsets[entity] : self._tail_offsets[entity + 1]]
+        tails = self.triples[order]
+        edges = np.empty((len(heads) + len(tails), 3), dtype=np.int32)
+        edges[: len(heads), 0], edges[len(heads) :, 0] = HEAD, TAIL
+        edges[: len(heads), 1:] = heads[:, 1:]
+        edges[len(heads) :, 1] = tails[:, 1]
+        edges[len(heads) :, 2] = tails[:, 0]
+        return edges
+
+    def edges_between(self, entity: int, others: Iterable[int]) -> list[tuple[int, int, int]]:
+        """The rows of ``edges_of`` whose other end is in ``others`` (distinct), in their order.
+
+        Looks at head edges alone, the entity's and the others': a country has a million tail
+        edges, while few entities are the head of more than some hundreds.
+        """
+        rows = []
+        others = sorted(others)
+        heads = self.triples[self._head_offsets[entity] : self._head_offsets[entity + 1]]
+        for _, relation, tail in heads[np.isin(heads[:, 2], others)].tolist():
+            rows.append((HEAD, relation, tail))
+        for other in others:
+            heads = self.triples[self._head_offsets[other] : self._head_offsets[other + 1]]
+            for head, relation, _ in heads[heads[:, 2] == entity].tolist():
+                rows.append((TAIL, relation, head))
+        return rows
+
+
+def save_graph(
+    folder: str | Path,
+    entities: Iterable[tuple[str, str, str]],
+    relations: Iterable[tuple[str, str]],
+    triples: np.ndarray,
+    withheld: np.ndarray,
+    aliases: Iterable[tuple[str, int]] = (),
+) -> dict:
+    """Writes ``folder/graph`` and reads it back through ``KnowledgeGraph.load``.
+
+    Args:
+        folder: the prepared data folder.
+        entities: (id, name, description) in index order.
+        relations: (id, name) in index order.
+        triples: int [T, 3] rows (head, relation, tail); sorted and made unique here.
+        withheld: int [*, 3] facts that must not be among ``triples``.
+        aliases: (alias, entity index).
+    Returns:
+        The manifest's ``graph`` entry; its sha256 is over entities, relations and triples.
+    Raises:
+        DataError: an index is out of range or a withheld fact is a training triple.
+    """
+    path = Path(folder) / "graph"
+    save_rows(path / "entities.tsv", ((i, *row) for i, row in enumerate(entities)))
+    save_rows(path / "relations.tsv", ((i, *row) for i, row in enumerate(relations)))
+    save_rows(path / "aliases.tsv", aliases)
+    for name, rows in (("triples", triples), ("withheld", withheld)):
+        rows = np.asarray(rows, dtype=np.int32).reshape(-1, 3)
+        save_array(path / f"{name}.npy", np.unique(rows, axis=0) if len(rows) else rows)
+    graph = KnowledgeGraph.load(folder)
+    digest = hashlib.sha256()
+    for name in ("entities.tsv", "relations.tsv", "triples.npy"):
+        digest.update((path / name).read_bytes())
+    return {
+        "entities": graph.num_entities,
+        "relations": graph.num_relations,
+        "triples": len(graph.triples),
+        "sha256": digest.hexdigest(),
+    }
+
+
+# Name: (dtype, shape); N entities, R relations, V vocabulary, S spans of the train split.
+_TABLES = {
+    "entity_embeddings": ("float32", ("N+1", None)),
+    "relation_embeddings": ("float32", ("R+1", None)),
+    "entity_frequency": ("int64", ("N",)),
+    "token_frequency": ("int64", ("V",)),
+    "importance": ("float32", ("S",)),
+    "entity_names": ("int32", ("N", NAME_TOKENS)),
+    "relation_names": ("int32", ("R", NAME_TOKENS)),
+    "two_hop": ("int32", ("N",)),
+}
+
+
+class KnowledgeTables:
+    """The arrays of ``tables/``, memory-mapped; make it with ``load``.
+
+    Attributes:
+        entity_embeddings: float32 [N+1, dim] TransE; row 0 is zero, entity e is row e+1.
+        relation_embeddings: float32 [R+1, dim], likewise.
+        entity_frequency: int64 [N] mentions in the train split.
+        token_frequency: int64 [V] in the train split.
+        importance: float32 [spans of train] SI (Eq. 1); 1 for word spans.
+        entity_names: int32 [N, 8] token ids without specials, padded with -1.
+        relation_names: int32 [R, 8], likewise.
+        two_hop: int32 [N] neighbours within two hops, capped at 1000.
+        num_words: long-tail words; their keys follow the entities'.
+    """
+
+    def __init__(self, folder: str | Path, num_words: int):
+        self.folder = Path(folder)
+        self.num_words = num_words
+        for name, (dtype, shape) in _TABLES.items():
+            path = self.folder / "tables" / f"{name}.npy"
+            setattr(self, name, load_array(path, dtype, (None,) * len(shape)))
+
+    def __reduce__(self):
+        return KnowledgeTables, (self.folder, self.num_words)
+
+    @property
+    def num_entities(self) -> int:
+        return len(self.entity_frequency)
+
+    @property
+    def num_keys(self) -> int:
+        """Rows of the memory bank: entities, then long-tail words."""
+        return self.num_entities + self.num_words
+
+    @cached_property
+    def long_tail_words(self) -> list[tuple[str, int]]:
+        """(word, count) in key order."""
+        path = self.folder / "tables" / "long_tail_words.tsv"
+        rows = _load_numbered_rows(path, 3)
+        if not all(row[2].isdecimal() for row in rows):
+            raise DataError(f"{path}: a count is not a number")
+        return [(word, int(count)) for _, word, count in rows]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> KnowledgeTables:
+        """Opens ``folder/tables`` and checks every array against the manifest.
+
+        Raises:
+            DataError: naming the array that is missing, of another shape, or out of range.
+        """
+        manifest = load_manifest(folder)
+        sizes = {
+            "N": manifest["graph"]["entities"],
+            "N+1": manifest["graph"]["entities"] + 1,
+            "R": manifest["graph"]["relations"],
+            "R+1": manifest["graph"]["relations"] + 1,
+            "V": manifest["tokenizer"]["vocab_size"],
+            "S": manifest["splits"].get("train", {"spans": 0})["spans"],
+            NAME_TOKENS: NAME_TOKENS,
+            None: None,
+        }
+        path = Path(folder) / "tables"
+        for name, (dtype, shape) in _TABLES.items():
+            load_array(path / f"{name}.npy", dtype, tuple(sizes[size] for size in shape))
+        tables = cls(folder, manifest["long_tail_words"])
+        if len(tables.long_tail_words) != tables.num_words:
+            raise DataError(f"{path / 'long_tail_words.tsv'}: not {tables.num_words} rows")
+        if tables.entity_embeddings.shape[1] != tables.relation_embeddings.shape[1]:
+            raise DataError(f"{path}: entity and relation embeddings differ in dimension")
+        for name in ("entity_embeddings", "relation_embeddings", "importance"):
+            if not np.isfinite(getattr(tables, name)).all():
+                raise DataError(f"{path / f'{name}.npy'}: a value is not finite")
+        for name in ("entity_embeddings", "relation_embeddings"):
+            if getattr(tables, name)[0].any():
+                raise DataError(f"{path / f'{name}.npy'}: row 0 is not zero")
+        for name, low, high in (
+            ("entity_frequency", 0, None),
+            ("token_frequency", 0, None),
+            ("two_hop", 0, TWO_HOP_CAP),
+            ("entity_names", -1, sizes["V"] - 1),
+            ("relation_names", -1, sizes["V"] - 1),
+        ):
+            array = getattr(tables, name)
+            if array.size and (array.min() < low or (high is not None and array.max() > high)):
+                raise DataError(f"{path / f'{name}.npy'}: a value is outside {low}..{high or ''}")
+        return tables
+
+
+def save_tables(
+    folder: str | Path, *, long_tail_words: Iterable[tuple[str, int]] | None = None, **arrays
+) -> None:
+    """Writes any of the tables, each atomically, with the dtype ``load`` expects.
+
+    Args:
+        folder: the prepared data folder.
+        long_tail_words: (word, count) in key order.
+        **arrays: any of ``KnowledgeTables``' arrays by name.
+    """
+    path = Path(folder) / "tables"
+    for name, array in arrays.items():
+        save_array(path / f"{name}.npy", np.asarray(array, dtype=_TABLES[name][0]))
+    if long_tail_words is not None:
+        rows = ((i, word, count) for i, (word, count) in enumerate(long_tail_words))
+        save_rows(path / "long_tail_words.tsv", rows)
