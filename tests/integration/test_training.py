@@ -1,0 +1,237 @@
+"""Whole runs: every ZeRO configuration and method, two ranks as one, resume as no stop."""
+
+import shutil
+
+import pytest
+import torch
+from integration.runs import NO_DROPOUT, digest, full_parameters, losses, make_trainer
+from multiprocess import run_ranks
+from tiny_corpus import write_tiny_corpus
+
+FP32_CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "data"
+    write_tiny_corpus(folder)
+    return folder
+
+
+def run_once(data_dir, output_dir, **settings) -> dict:
+    trainer = make_trainer(data_dir, output_dir, **settings)
+    trainer.train()
+    result = {"losses": losses(trainer), "parameters": full_parameters(trainer)}
+    if trainer.bank is not None:
+        result["bank"] = trainer.bank.digest()
+    result["routing"] = trainer.routing.state_dict()
+    trainer.engine.destroy()
+    return result
+
+
+def zero_matrix(rank, world_size, data_dir, output_dir):
+    found = {}
+    for name in FP32_CONFIGS:
+        found[name] = run_once(
+            data_dir, output_dir / name, zero=name, train__max_steps=4, **DOTTED_NO_DROPOUT
+        )["losses"]
+    for name in ("zero1", "zero2", "zero3"):
+        found[f"{name} bf16"] = run_once(
+            data_dir,
+            output_dir / f"{name}-bf16",
+            zero=name,
+            train__bf16=True,
+            train__max_steps=4,
+            model__gradient_checkpointing=True,
+            train__gradient_accumulation_steps=2,
+            train__per_device_train_batch_size=2,
+            **DOTTED_NO_DROPOUT,
+        )["losses"]
+    return found
+
+
+DOTTED_NO_DROPOUT = {key.replace(".", "__"): value for key, value in NO_DROPOUT.items()}
+
+
+def test_every_zero_configuration_trains_alike(data_dir, tmp_path):
+    found, _ = run_ranks(zero_matrix, 2, data_dir, tmp_path)
+    reference = torch.tensor(found["zero0"])
+    assert reference.shape == (4, 4) and reference.isfinite().all()
+    for name, rows in found.items():
+        tolerance = 2e-2 if "bf16" in name else 1e-4
+        torch.testing.assert_close(torch.tensor(rows), reference, rtol=tolerance, atol=tolerance)
+
+
+METHODS = ("trelm-paper", "trelm", "dkplm", "dkplm-encoder", "mlm", "trelm-no-injection")
+METHODS += ("trelm-no-memory", "trelm-no-routing", "trelm-no-decoding")
+ROUTINGS = ("in_backward", "quadrature", "random", "activation", "frozen")
+
+
+def all_methods(rank, world_size, data_dir, output_dir):
+    found = {}
+    for method in METHODS:
+        found[method] = run_once(data_dir, output_dir / method, method=method, train__max_steps=2)[
+            "losses"
+        ]
+    for form in ROUTINGS:
+        found[form] = run_once(
+            data_dir, output_dir / form, method="trelm", routing__form=form, train__max_steps=2
+        )["losses"]
+    found["strict"] = run_once(
+        data_dir, output_dir / "strict", routing__scope="strict", train__max_steps=2
+    )["losses"]
+    return found
+
+
+def test_every_method_and_routing_form_runs_through_the_one_loop(data_dir, tmp_path):
+    (found,) = run_ranks(all_methods, 1, data_dir, tmp_path)
+    for name, rows in found.items():
+        assert len(rows) == 2, name
+        assert all(row[1] == row[1] for row in rows), name
+    first_mlm = {name: rows[0][2] for name, rows in found.items()}
+    assert found["mlm"][0][3] is None and found["dkplm"][0][3] > 0
+    # One initial model, one corpus: without injection the first MLM loss does not know the method.
+    assert first_mlm["trelm-no-routing"] == pytest.approx(first_mlm["trelm"], rel=1e-6)
+    assert first_mlm["random"] == pytest.approx(first_mlm["trelm"], rel=1e-6)
+
+
+def split_run(rank, world_size, data_dir, output_dir, method, form):
+    accumulation = 4 // world_size
+    return run_once(
+        data_dir,
+        output_dir / f"w{world_size}",
+        method=method,
+        routing__form=form,
+        train__per_device_train_batch_size=2,
+        train__gradient_accumulation_steps=accumulation,
+        train__max_steps=4,
+        train__max_grad_norm=1.0,
+        **DOTTED_NO_DROPOUT,
+    )
+
+
+@pytest.mark.parametrize("form", ["block", "in_backward"])
+def test_two_ranks_equal_one(data_dir, tmp_path, form):
+    (one,) = run_ranks(split_run, 1, data_dir, tmp_path / form, "trelm", form)
+    two, other = run_ranks(split_run, 2, data_dir, tmp_path / form, "trelm", form)
+    torch.testing.assert_close(
+        torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=2e-4, atol=2e-4
+    )
+    assert two["bank"] == other["bank"]
+    assert set(one["routing"]) == set(two["routing"])
+    for name, value in one["routing"].items():
+        if "score" not in name:  # sums of floats, in another order
+            assert torch.equal(value, two["routing"][name]), name
+            assert torch.equal(other["routing"][name], two["routing"][name]), name
+
+
+def resumed_run(rank, world_size, data_dir, output_dir, settings):
+    straight = run_once(data_dir, output_dir / "straight", **settings)
+    stopped = make_trainer(data_dir, output_dir / "stopped", **settings)
+    plan, taken = stopped._plan, [0]
+
+    def stop_after_three(micro_batches):
+        taken[0] += 1
+        stopped.stop.requested = taken[0] > 3 and rank == 0  # one rank is asked, all stop
+        return plan(micro_batches)
+
+    stopped._plan = stop_after_three
+    assert stopped.train() is False
+    assert stopped.state.step == 3
+    stopped.engine.destroy()
+    torch.manual_seed(999)  # what the process did before must not matter
+    resumed = run_once(
+        data_dir, output_dir / "stopped", train__resume_from_checkpoint="latest", **settings
+    )
+    return {
+        "losses": (straight["losses"], resumed["losses"]),
+        "parameters": (digest(straight["parameters"]), digest(resumed["parameters"])),
+        "bank": (straight.get("bank"), resumed.get("bank")),
+        "routing": (digest(straight["routing"]), digest(resumed["routing"])),
+    }
+
+
+@pytest.mark.parametrize(
+    ("zero", "form"), [("zero2", "block"), ("zero3", "in_backward"), ("zero1", "random")]
+)
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(data_dir, tmp_path, zero, form):
+    settings = {"zero": zero, "routing__form": form, "train__gradient_accumulation_steps": 2}
+    for found in run_ranks(resumed_run, 2, data_dir, tmp_path, settings):
+        for name, (straight, resumed) in found.items():
+            assert straight == resumed, name
+
+
+def frozen_off_path(rank, world_size, data_dir, output_dir):
+    """FFN entries and moments before and after each step, against the step's own paths."""
+    trainer = make_trainer(data_dir, output_dir, routing__form="in_backward", train__max_steps=3)
+    report = []
+    routed = {f"{layer}.{kind}": p for p, layer, kind in trainer.model.routed_parameters()}
+    end_step = trainer.routing.end_step
+
+    def snapshot():
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        values = {}
+        for name, p in routed.items():
+            values[name] = safe_get_full_fp32_param(p).clone()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state = safe_get_full_optimizer_state(p, moment)
+                values[f"{name} {moment}"] = state.clone()
+        return values
+
+    before = [snapshot()]
+
+    def check(applied):
+        after = snapshot()
+        for name, p in routed.items():
+            layer, kind = name.split(".")
+            if kind == "down_bias":
+                continue
+            kept = trainer.routing.row_counts(int(layer)) > 0
+            for suffix in ("", " exp_avg", " exp_avg_sq"):
+                old = before[0][name + suffix].reshape(p.shape)
+                new = after[name + suffix].reshape(p.shape)
+                report.append((torch.equal(old[~kept], new[~kept]), not torch.equal(old, new)))
+        before[0] = after
+        end_step(applied)
+
+    trainer.routing.end_step = check
+    trainer.train()
+    return report
+
+
+def test_off_path_entries_and_moments_are_bit_identical_under_zero2_on_two_ranks(
+    data_dir, tmp_path
+):
+    for report in run_ranks(frozen_off_path, 2, data_dir, tmp_path):
+        assert len(report) == 3 * 2 * 3 * 3  # steps x layers x tensors x (weights, two moments)
+        assert all(same for same, _ in report)
+        assert all(changed for _, changed in report)
+
+
+def refuse_foreign(rank, world_size, data_dir, output_dir):
+    from trelm_ds.errors import CheckpointError
+
+    run_once(data_dir, output_dir / "a", train__max_steps=1)
+    messages = []
+    for settings in ({"train__seed": 7}, {"zero": "zero1"}, {"method": "dkplm"}):
+        shutil.rmtree(output_dir / "b", ignore_errors=True)
+        shutil.copytree(output_dir / "a", output_dir / "b")
+        try:
+            make_trainer(
+                data_dir,
+                output_dir / "b",
+                train__max_steps=1,
+                train__resume_from_checkpoint="latest",
+                **settings,
+            )
+        except CheckpointError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_each_difference(data_dir, tmp_path):
+    ((seed, zero, method),) = run_ranks(refuse_foreign, 1, data_dir, tmp_path)
+    assert "seed was 42 and is 7" in seed
+    assert "zero_stage was 2 and is 1" in zero
+    assert "method was" in method
