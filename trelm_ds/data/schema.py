@@ -15,6 +15,9 @@ import numpy as np
 
 from trelm_ds.errors import DataError
 
+# A mention's place in a triple; none: it has no triple in this batch.
+ROLE_NONE, ROLE_HEAD, ROLE_TAIL = 0, 1, 2
+
 MAX_SAMPLE_BYTES = 1 << 20
 MAX_DOC_CHARACTERS = 200
 

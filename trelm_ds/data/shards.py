@@ -9,6 +9,7 @@ manifest's sha256.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
@@ -300,7 +301,9 @@ class ShardSetWriter:
 
     def discard(self) -> None:
         """Removes everything this writer wrote, published names included."""
-        if self._file is not None:
+        if self._tar is not None:
+            with contextlib.suppress(OSError):  # its last blocks may not fit on a full disk
+                self._tar.close()
             self._file.abandon()
         for name in [*self._names(), self._next_name(), _index_name(self._next_name())]:
             temporary = self._temporary(name)

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from trelm_ds.data.schema import ROLE_HEAD, ROLE_TAIL
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.errors import DataError
 
 NAME_TOKENS = 8  # columns of entity_names and relation_names
 TWO_HOP_CAP = 1000
-
-HEAD, TAIL = 1, 2  # the mention's role in a triple
 
 
 def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
@@ -53,7 +52,7 @@ def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndar
             f"{path}: {array.dtype} {list(array.shape)}, expected {dtype} "
             f"{['*' if want is None else want for want in shape]}".replace("'", "")
         )
-    return array
+    return np.asarray(array)  # a plain view of the map: np.memmap's own indexing is slow
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -259,10 +258,10 @@ class KnowledgeGraph:
         first, last = self._head_offsets[entity : entity + 2].tolist()
         if i < last - first:
             _, relation, tail = self.triples[first + i].tolist()
-            return HEAD, relation, tail
+            return ROLE_HEAD, relation, tail
         row = self._tail_order[self._tail_offsets[entity] + i - (last - first)]
         head, relation, _ = self.triples[row].tolist()
-        return TAIL, relation, head
+        return ROLE_TAIL, relation, head
 
     def edges_of(self, entity: int) -> np.ndarray:
         """The triples of an entity.
@@ -275,7 +274,7 @@ class KnowledgeGraph:
         order = self._tail_order[self._tail_offsets[entity] : self._tail_offsets[entity + 1]]
         tails = self.triples[order]
         edges = np.empty((len(heads) + len(tails), 3), dtype=np.int32)
-        edges[: len(heads), 0], edges[len(heads) :, 0] = HEAD, TAIL
+        edges[: len(heads), 0], edges[len(heads) :, 0] = ROLE_HEAD, ROLE_TAIL
         edges[: len(heads), 1:] = heads[:, 1:]
         edges[len(heads) :, 1] = tails[:, 1]
         edges[len(heads) :, 2] = tails[:, 0]
@@ -287,15 +286,14 @@ class KnowledgeGraph:
         Looks at head edges alone, the entity's and the others': a country has a million tail
         edges, while few entities are the head of more than some hundreds.
         """
-        rows = []
-        others = sorted(others)
+        others = np.array(sorted(others), dtype=np.int32)
         heads = self.triples[self._head_offsets[entity] : self._head_offsets[entity + 1]]
-        for _, relation, tail in heads[np.isin(heads[:, 2], others)].tolist():
-            rows.append((HEAD, relation, tail))
-        for other in others:
+        found = heads[(heads[:, 2, None] == others).any(1)]
+        rows = [(ROLE_HEAD, relation, tail) for _, relation, tail in found.tolist()]
+        for other in others.tolist():
             heads = self.triples[self._head_offsets[other] : self._head_offsets[other + 1]]
-            for head, relation, _ in heads[heads[:, 2] == entity].tolist():
-                rows.append((TAIL, relation, head))
+            found = heads[heads[:, 2] == entity]
+            rows += [(ROLE_TAIL, relation, head) for head, relation, _ in found.tolist()]
         return rows
 
 
@@ -361,7 +359,7 @@ class KnowledgeTables:
         relation_embeddings: float32 [R+1, dim], likewise.
         entity_frequency: int64 [N] mentions in the train split.
         token_frequency: int64 [V] in the train split.
-        importance: float32 [spans of train] SI (Eq. 1); 1 for word spans.
+        importance: float32 [spans of train] SI (Eq. 1); 1 for word spans. None until scored.
         entity_names: int32 [N, 8] token ids without specials, padded with -1.
         relation_names: int32 [R, 8], likewise.
         two_hop: int32 [N] neighbours within two hops, capped at 1000.
@@ -373,7 +371,8 @@ class KnowledgeTables:
         self.num_words = num_words
         for name, (dtype, shape) in _TABLES.items():
             path = self.folder / "tables" / f"{name}.npy"
-            setattr(self, name, load_array(path, dtype, (None,) * len(shape)))
+            missing = name == "importance" and not path.exists()
+            setattr(self, name, None if missing else load_array(path, dtype, (None,) * len(shape)))
 
     def __reduce__(self):
         return KnowledgeTables, (self.folder, self.num_words)
@@ -415,15 +414,17 @@ class KnowledgeTables:
             None: None,
         }
         path = Path(folder) / "tables"
-        for name, (dtype, shape) in _TABLES.items():
-            load_array(path / f"{name}.npy", dtype, tuple(sizes[size] for size in shape))
         tables = cls(folder, manifest["long_tail_words"])
+        for name, (dtype, shape) in _TABLES.items():
+            if getattr(tables, name) is not None:
+                load_array(path / f"{name}.npy", dtype, tuple(sizes[size] for size in shape))
         if len(tables.long_tail_words) != tables.num_words:
             raise DataError(f"{path / 'long_tail_words.tsv'}: not {tables.num_words} rows")
         if tables.entity_embeddings.shape[1] != tables.relation_embeddings.shape[1]:
             raise DataError(f"{path}: entity and relation embeddings differ in dimension")
         for name in ("entity_embeddings", "relation_embeddings", "importance"):
-            if not np.isfinite(getattr(tables, name)).all():
+            array = getattr(tables, name)
+            if array is not None and not np.isfinite(array).all():
                 raise DataError(f"{path / f'{name}.npy'}: a value is not finite")
         for name in ("entity_embeddings", "relation_embeddings"):
             if getattr(tables, name)[0].any():

@@ -1,0 +1,217 @@
+"""Sequences with their random choices made, padded into one micro-batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from trelm_ds.data.sampling import SampledMentions
+from trelm_ds.data.schema import ROLE_NONE
+from trelm_ds.data.special import SpecialTokens
+
+if TYPE_CHECKING:  # a floor above: only the names, for the reader
+    from trelm_ds.knowledge.graph import KnowledgeTables
+
+
+@dataclass
+class Batch:
+    """One micro-batch of CPU or device tensors; B sequences of S tokens, M mentions.
+
+    Attributes:
+        input_ids: int64 [B, S] after MLM corruption.
+        original_ids: int64 [B, S] before it.
+        attention_mask: int64 [B, S], 1 at real tokens.
+        stream_positions: int64 [B] place in the endless sample stream: the sequence of Eq. 6.
+        mlm_positions: int64 [K] targets, flat into B * S, ascending.
+        mlm_labels: int64 [K] original tokens there.
+        mention_spans: int64 [M, 3] rows (sequence, left, right exclusive).
+        mention_keys: int64 [M] rows of the memory bank.
+        mention_injected: bool [M]; the span's input embeddings are replaced.
+        injection_role: int64 [M]; 0: by the token's own embedding, 1: the mention is the head of
+            the injected triple, 2: the tail.
+        injection_relation: int64 [M], 0 where role is 0.
+        injection_other: int64 [M] entity, 0 where role is 0.
+        injection_text_ids: int64 [M, X] name of the other entity with specials, padded; all pads
+            where role is 0; X is 0 unless the injection form is ``encoder``.
+        relation_text_ids: int64 [M, X] name of the relation, likewise.
+        decode_mention: int64 [D] row of ``mention_spans``.
+        decode_relation: int64 [D] in [0, 2R): r decodes the tail, R + r the head.
+        decode_tokens: int64 [D, T] gold tokens, padded with -1.
+        negatives: int64 [N] token ids shared by the optimizer step.
+        num_tokens: real tokens.
+    """
+
+    input_ids: torch.Tensor
+    original_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    stream_positions: torch.Tensor
+    mlm_positions: torch.Tensor
+    mlm_labels: torch.Tensor
+    mention_spans: torch.Tensor
+    mention_keys: torch.Tensor
+    mention_injected: torch.Tensor
+    injection_role: torch.Tensor
+    injection_relation: torch.Tensor
+    injection_other: torch.Tensor
+    injection_text_ids: torch.Tensor
+    relation_text_ids: torch.Tensor
+    decode_mention: torch.Tensor
+    decode_relation: torch.Tensor
+    decode_tokens: torch.Tensor
+    negatives: torch.Tensor
+    num_tokens: int
+
+    @classmethod
+    def from_numpy(cls, arrays: dict[str, np.ndarray | int]) -> Batch:
+        """Wraps ``collate``'s arrays without copying."""
+        return cls(
+            **{
+                k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v
+                for k, v in arrays.items()
+            }
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with its tensors on ``device``."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in self.__dict__.items()
+        }
+        return dataclasses.replace(self, **moved)
+
+    def counts(self) -> dict[str, int]:
+        """Loss terms and sizes: mlm targets, decoded tokens (cka), tokens, sequences, mentions.
+
+        Reads ``decode_tokens``: call it before ``to`` sends the batch to a device.
+        """
+        return {
+            "mlm": len(self.mlm_positions),
+            "cka": int((self.decode_tokens >= 0).sum()),
+            "tokens": self.num_tokens,
+            "sequences": len(self.input_ids),
+            "mentions": len(self.mention_keys),
+        }
+
+
+@dataclass
+class Example:
+    """One sequence with its random choices made.
+
+    Attributes:
+        position: in the sample stream.
+        ids: int [length] original tokens.
+        corrupted: int64 [length] after masking.
+        targets: bool [length].
+        mentions: which get knowledge, and how.
+    """
+
+    position: int
+    ids: np.ndarray
+    corrupted: np.ndarray
+    targets: np.ndarray
+    mentions: SampledMentions
+
+
+class Collator:
+    """Pads examples into the arrays of a ``Batch``.
+
+    Args:
+        special: ids of the padding and of the specials around a text.
+        pad_to_multiple_of: S is rounded up to a multiple of this, but not above ``max_length``.
+        max_length: longest sequence allowed.
+        max_decoded: T, longest name decoded; the rest of a longer one is not asked for.
+        tables: names of entities and relations.
+        text_length: X, tokens of a name with its specials, for the injection form ``encoder``;
+            0 leaves ``*_text_ids`` without columns.
+    """
+
+    def __init__(
+        self,
+        special: SpecialTokens,
+        pad_to_multiple_of: int,
+        max_length: int,
+        max_decoded: int,
+        tables: KnowledgeTables,
+        text_length: int = 0,
+    ):
+        self._special = special
+        self._multiple = pad_to_multiple_of
+        self._max_length = max_length
+        self._max_decoded = max_decoded
+        self._tables = tables
+        self._text_length = text_length
+
+    def __call__(self, examples: list[Example], negatives: np.ndarray) -> dict:
+        """Arrays for ``Batch.from_numpy``; arrays travel between processes better than tensors.
+
+        Args:
+            examples: the micro-batch.
+            negatives: int64 [N].
+        """
+        lengths = np.array([len(example.ids) for example in examples])
+        size = -(-int(lengths.max()) // self._multiple) * self._multiple
+        size = max(int(lengths.max()), min(size, self._max_length))
+        shape = (len(examples), size)
+        original = np.full(shape, self._special.pad, dtype=np.int64)
+        corrupted = original.copy()
+        targets = np.zeros(shape, dtype=bool)
+        for row, example in enumerate(examples):
+            original[row, : len(example.ids)] = example.ids
+            corrupted[row, : len(example.ids)] = example.corrupted
+            targets[row, : len(example.ids)] = example.targets
+        positions = np.flatnonzero(targets)
+
+        found = [example.mentions for example in examples]
+        row_of = np.repeat(np.arange(len(found)), [len(m.keys) for m in found])
+        first = np.cumsum([0] + [len(m.keys) for m in found])
+
+        def joined(name):
+            return np.concatenate([getattr(m, name) for m in found])
+
+        role, other, relation = joined("role"), joined("other"), joined("relation")
+        return {
+            "input_ids": corrupted,
+            "original_ids": original,
+            "attention_mask": (np.arange(size) < lengths[:, None]).astype(np.int64),
+            "stream_positions": np.array([e.position for e in examples], dtype=np.int64),
+            "mlm_positions": positions,
+            "mlm_labels": original.ravel()[positions],
+            "mention_spans": np.column_stack([row_of, joined("spans")]),
+            "mention_keys": joined("keys"),
+            "mention_injected": joined("injected"),
+            "injection_role": role,
+            "injection_relation": relation,
+            "injection_other": other,
+            "injection_text_ids": self._text(self._tables.entity_names, other, role),
+            "relation_text_ids": self._text(self._tables.relation_names, relation, role),
+            "decode_mention": np.concatenate(
+                [m.decode_mention + first[i] for i, m in enumerate(found)]
+            ),
+            "decode_relation": joined("decode_relation"),
+            "decode_tokens": self._gold_tokens(joined("decode_entity")),
+            "negatives": negatives,
+            "num_tokens": int(lengths.sum()),
+        }
+
+    def _gold_tokens(self, entities: np.ndarray) -> np.ndarray:
+        """int64 [D, T] name tokens; T is the longest name of the batch."""
+        tokens = self._tables.entity_names[entities, : self._max_decoded].astype(np.int64)
+        return np.ascontiguousarray(tokens[:, (tokens >= 0).any(0)])
+
+    def _text(self, names: np.ndarray, rows: np.ndarray, role: np.ndarray) -> np.ndarray:
+        """int64 [M, X]: [CLS] name [SEP] of each row that has a triple."""
+        text = np.full((len(rows), self._text_length), self._special.pad, dtype=np.int64)
+        if text.size:
+            name = names[rows, : self._text_length - 2]
+            length = (name >= 0).sum(1)
+            text[:, 0] = self._special.cls
+            text[:, 1 : 1 + name.shape[1]] = np.where(name >= 0, name, self._special.pad)
+            text[np.arange(len(rows)), 1 + length] = self._special.sep
+            text[role == ROLE_NONE] = self._special.pad
+        return text

@@ -1,0 +1,377 @@
+"""Micro-batches of every optimizer step, as a function of the step alone.
+
+The global batch of step t is positions [t G, (t+1) G) of the sample stream, and micro-batch a of
+rank r is ``micro`` of them from (a W + r) micro on. Order, masking, mention choices and negatives
+are keyed by what they belong to, so the only state is the step: a run resumes anywhere, with any
+number of ranks, loader processes or accumulation steps that makes the same G.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from trelm_ds.config import Config
+from trelm_ds.data import rng
+from trelm_ds.data.collate import Batch, Collator, Example
+from trelm_ds.data.masking import Masker
+from trelm_ds.data.negatives import NegativeSampler, negative_distribution
+from trelm_ds.data.order import Permutation, stream_position
+from trelm_ds.data.sampling import MentionSampler, no_mentions
+from trelm_ds.data.schema import Sample
+from trelm_ds.data.shards import ShardReader, load_manifest
+from trelm_ds.data.special import SpecialTokens
+from trelm_ds.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # a floor above: only the names, for the reader
+    from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+
+_PREFETCHED_MICRO_BATCHES = 4  # per loader process
+_HELDOUT_SEED = 0  # not the run's: every run is scored on the same masked positions
+
+
+def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
+    """Accumulation steps that make a global batch of ``global_batch`` sequences.
+
+    Raises:
+        ConfigError: no whole number of them does.
+    """
+    steps, rest = divmod(global_batch, micro_batch * world_size)
+    if rest or not steps:
+        raise ConfigError(
+            f"a global batch of {global_batch} sequences cannot be formed by {world_size} ranks "
+            f"with train.per_device_train_batch_size {micro_batch}: it is not a multiple of "
+            f"{micro_batch * world_size}"
+        )
+    return steps
+
+
+def _open_split(
+    config: Config, data_dir: str | Path, graph, tables, split: str, verify: bool
+) -> tuple[ShardReader, dict]:
+    """The split's reader and the manifest, after checking that everything fits together."""
+    manifest = load_manifest(data_dir)
+    reader = ShardReader(data_dir, manifest, split, verify=verify)
+    if len(reader) < 1:
+        raise DataError(f"{data_dir}: empty corpus: split {split!r} holds no sample")
+    longest = manifest["max_seq_length"]
+    if longest > config.data.max_seq_length:
+        raise ConfigError(
+            f"data.max_seq_length {config.data.max_seq_length} is below the {longest} tokens "
+            f"{data_dir} was prepared with"
+        )
+    counts = manifest["graph"]
+    if (graph.num_entities, graph.num_relations) != (counts["entities"], counts["relations"]):
+        raise DataError(f"{data_dir}: graph/ and manifest.json count different entities")
+    if tables.num_keys != counts["entities"] + manifest["long_tail_words"]:
+        raise DataError(f"{data_dir}: tables/ and manifest.json count different memory keys")
+    return reader, manifest
+
+
+class _MicroBatches(Dataset):
+    """Stream positions of a micro-batch -> arrays of a ``Batch``; picklable, opens files lazily."""
+
+    def __init__(
+        self,
+        config: Config,
+        reader: ShardReader,
+        masker: Masker,
+        mentions: MentionSampler,
+        collator: Collator,
+        negatives: NegativeSampler | None,
+        num_entities: int,
+        global_batch: int,
+    ):
+        self._seed = config.train.seed
+        self._reader = reader
+        self._masker = masker
+        self._mentions = mentions
+        self._collator = collator
+        self._negatives = negatives
+        self._num_entities = num_entities
+        self._global_batch = global_batch
+
+    def _read(self, index: int) -> Sample:
+        # The one place where a corrupt sample surfaces: what to do instead of stopping (replace
+        # it, record it) belongs here.
+        return self._reader[index]
+
+    def _example(self, position: int, epoch: int, index: int) -> Example:
+        sample = self._read(index)
+        mentions = self._mentions(sample, epoch)
+        corrupted, targets = self._masker(
+            sample.ids,
+            sample.spans[sample.spans[:, 2] < self._num_entities, :2],
+            mentions.spans[mentions.injected],
+            rng.generator(self._seed, rng.MASKING, epoch, index),
+        )
+        return Example(position, sample.ids, corrupted, targets, mentions)
+
+    def __getitem__(self, positions: np.ndarray) -> dict | DataError:
+        step = int(positions[0]) // self._global_batch
+        epochs, indices = stream_position(positions, len(self._reader), self._seed)
+        places = zip(positions.tolist(), epochs.tolist(), indices.tolist(), strict=True)
+        try:
+            examples = [self._example(*place) for place in places]
+        except DataError as error:
+            return error  # raised in the training process: one clear line, no worker traceback
+        negatives = np.zeros(0, dtype=np.int64)
+        if self._negatives is not None:
+            negatives = self._negatives(step)
+        return self._collator(examples, negatives)
+
+
+class _Positions(Sampler):
+    """Stream positions of one rank's micro-batches, from a step on, without end."""
+
+    def __init__(self, start_step: int, micro: int, accumulation: int, rank: int, world: int):
+        self._start = start_step
+        self._micro = micro
+        self._accumulation = accumulation
+        self._rank = rank
+        self._world = world
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        stride = self._micro * self._world
+        first = self._start * self._accumulation * stride + self._rank * self._micro
+        while True:
+            yield np.arange(first, first + self._micro, dtype=np.int64)
+            first += stride
+
+
+def _as_is(arrays):
+    return arrays
+
+
+def _ignore_signals(worker: int) -> None:
+    # A scheduler signals the whole process group; the training process decides what it means,
+    # and needs its batches to reach the next step boundary.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _signals_held():
+    """Blocks the scheduler's signals in processes started inside, until they ignore them."""
+    signals = {signal.SIGTERM, signal.SIGUSR1}
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        # multiprocessing starts this helper with its first process, and unblocks SIGTERM then.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+class StepLoader:
+    """Yields, step after step, this rank's micro-batches.
+
+    Args:
+        config: the run's configuration.
+        data_dir: a prepared data folder.
+        rank: of this process.
+        world_size: ranks of the job.
+        graph: the folder's graph.
+        tables: the folder's tables.
+        split: whose samples; its mentions must be the ones scored in ``tables.importance``.
+        verify: check every shard's sha256 now (about 1.8 GB/s). One rank per machine is enough;
+            samples are checked by their crc32 in any case.
+    Attributes:
+        global_batch: G, sequences of an optimizer step.
+        num_keys: rows of the memory bank.
+        num_samples: samples of the split, an epoch.
+        manifest: of the data folder.
+    Raises:
+        DataError: the folder is empty, damaged, or its parts do not belong together.
+        ConfigError: the configuration cannot be met with this folder.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data_dir: str | Path,
+        rank: int,
+        world_size: int,
+        graph: KnowledgeGraph,
+        tables: KnowledgeTables,
+        split: str = "train",
+        verify: bool = True,
+    ):
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} is not below the world size {world_size}")
+        self._rank = rank
+        self._world_size = world_size
+        self._micro = config.train.per_device_train_batch_size
+        self._accumulation = config.train.gradient_accumulation_steps
+        self._num_workers = config.data.num_workers
+        self.global_batch = self._micro * self._accumulation * world_size
+
+        reader, self.manifest = _open_split(config, data_dir, graph, tables, split, verify)
+        if verify:
+            reader.verify_all()
+        self.num_samples = len(reader)
+        self.num_keys = tables.num_keys
+        spans = self.manifest["splits"][split]["spans"]
+        if tables.importance is not None and len(tables.importance) != spans:
+            raise DataError(f"{data_dir}: importance.npy does not score the spans of {split!r}")
+        vocab_size = self.manifest["tokenizer"]["vocab_size"]
+        special = SpecialTokens.load(data_dir, vocab_size)
+        negatives = None
+        if config.decoding.enabled:
+            distribution = negative_distribution(
+                tables, graph, vocab_size, config.decoding.unigram_power
+            )
+            negatives = NegativeSampler(
+                distribution, config.decoding.num_negatives, config.train.seed
+            )
+        text_length = min(config.injection.text_length, tables.entity_names.shape[1] + 2)
+        self._dataset = _MicroBatches(
+            config,
+            reader,
+            Masker(
+                vocab_size,
+                special.is_special(vocab_size),
+                special.mask,
+                config.data.mlm_probability,
+                config.data.mention_mask_probability,
+            ),
+            MentionSampler(config, graph, tables),
+            Collator(
+                special,
+                config.data.pad_to_multiple_of,
+                config.data.max_seq_length,
+                config.decoding.max_tokens,
+                tables,
+                text_length if config.injection.form == "encoder" else 0,
+            ),
+            negatives,
+            graph.num_entities,
+            self.global_batch,
+        )
+        self._batches: Iterator | None = None
+        self._processes: list = []
+
+    def epoch_of_step(self, step: int) -> int:
+        """Epoch of the first sample of a step's global batch (q of Eq. 8)."""
+        return step * self.global_batch // self.num_samples
+
+    def epochs(self, steps: int) -> float:
+        """Passes over the data that so many steps make."""
+        return steps * self.global_batch / self.num_samples
+
+    def iterate(self, start_step: int = 0) -> Iterator[list[Batch]]:
+        """Yields each step's micro-batches (a list of the accumulation length), without end.
+
+        One iteration at a time: starting another ends the loader processes of the last.
+
+        Raises:
+            DataError: a sample is corrupt; names shard and key.
+        """
+        self.close()
+        loader = DataLoader(
+            self._dataset,
+            sampler=_Positions(
+                start_step, self._micro, self._accumulation, self._rank, self._world_size
+            ),
+            batch_size=None,  # the sampler's items are whole micro-batches
+            collate_fn=_as_is,
+            num_workers=self._num_workers,
+            # Never fork: threads of the training process (OpenMP, FAISS) do not survive it.
+            # Not forkserver: a signal to the process group would end the server and with it the
+            # workers. The stream has no end, so the processes live as long as the iteration.
+            multiprocessing_context="spawn" if self._num_workers else None,
+            prefetch_factor=_PREFETCHED_MICRO_BATCHES if self._num_workers else None,
+            worker_init_fn=_ignore_signals,
+            # Its own, so that a resumed run's dropout draws from where the first one stopped.
+            generator=torch.Generator(),
+        )
+        before = set(multiprocessing.active_children())
+        with _signals_held():
+            self._batches = iter(loader)
+        self._processes = [p for p in multiprocessing.active_children() if p not in before]
+        # Before multiprocessing's own clean-up, which would wait for SIGTERM to end them.
+        atexit.register(self.close)
+        return self._steps(self._batches)
+
+    def _steps(self, batches: Iterator) -> Iterator[list[Batch]]:
+        try:
+            while True:
+                step = []
+                for _ in range(self._accumulation):
+                    arrays = next(batches)
+                    if isinstance(arrays, DataError):
+                        raise arrays
+                    step.append(Batch.from_numpy(arrays))
+                yield step
+        finally:
+            if batches is self._batches:
+                self.close()
+
+    def close(self) -> None:
+        """Ends the loader processes, if any."""
+        atexit.unregister(self.close)
+        batches, self._batches = self._batches, None
+        if self._processes:
+            # By name, and not by dropping the last reference: a traceback may hold another.
+            batches._shutdown_workers()
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+        self._processes = []
+
+
+def heldout_batches(
+    config: Config,
+    data_dir: str | Path,
+    rank: int,
+    world_size: int,
+    graph: KnowledgeGraph,
+    tables: KnowledgeTables,
+    split: str = "heldout",
+) -> list[Batch]:
+    """This rank's share of the fixed batches for the held-out MLM loss.
+
+    The first ``train.eval_batches`` micro-batches of a fixed order of the split, masked the same
+    way in every run: no injection, no memory, no decoding, tokens masked one by one. Batch b
+    belongs to rank b modulo the world size, so the lists may differ in length by one.
+
+    Raises:
+        DataError, ConfigError: as ``StepLoader``.
+    """
+    reader, manifest = _open_split(config, data_dir, graph, tables, split, verify=True)
+    vocab_size = manifest["tokenizer"]["vocab_size"]
+    special = SpecialTokens.load(data_dir, vocab_size)
+    masker = Masker(
+        vocab_size, special.is_special(vocab_size), special.mask, config.data.mlm_probability
+    )
+    collator = Collator(
+        special, config.data.pad_to_multiple_of, config.data.max_seq_length, 0, tables
+    )
+    micro = config.train.per_device_train_batch_size
+    count = min(len(reader), micro * config.train.eval_batches)
+    order = Permutation(len(reader), _HELDOUT_SEED, 0)(np.arange(count))
+    nothing = np.zeros((0, 2), dtype=np.int64)
+    batches = []
+    for first in range(rank * micro, count, world_size * micro):
+        examples = []
+        for position, index in enumerate(order[first : first + micro].tolist(), first):
+            ids = reader[index].ids
+            stream = rng.generator(_HELDOUT_SEED, rng.HELDOUT, 0, index)
+            corrupted, targets = masker(ids, nothing, nothing, stream)
+            examples.append(Example(position, ids, corrupted, targets, no_mentions()))
+        arrays = collator(examples, np.zeros(0, dtype=np.int64))
+        batches.append(Batch.from_numpy(arrays))
+    reader.close()
+    return batches

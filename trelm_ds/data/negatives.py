@@ -1,0 +1,59 @@
+"""The noise distribution Q of sampled softmax (Eq. 2) and the negatives drawn from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trelm_ds.data import rng
+from trelm_ds.errors import DataError
+
+if TYPE_CHECKING:  # a floor above: only the names, for the reader
+    from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+
+
+def negative_distribution(
+    tables: KnowledgeTables, graph: KnowledgeGraph, vocab_size: int, power: float
+) -> np.ndarray:
+    """Q(y) ~ count(y) ** power over the names of the training triples' entities.
+
+    An entity counts once for each triple end it stands at, which makes the counts the unigram
+    distribution of what decoding is asked for.
+
+    Returns:
+        float64 [V], sums to 1; 0 for tokens of no such name, whatever the power.
+    Raises:
+        DataError: no training triple has an entity with a name.
+    """
+    names = np.asarray(tables.entity_names)
+    ends = np.repeat(graph.degrees(), (names >= 0).sum(1))
+    counts = np.bincount(names[names >= 0], weights=ends, minlength=vocab_size)
+    if not counts.any():
+        raise DataError(f"{graph.folder}: no training triple has an entity with a name to decode")
+    weights = np.where(counts > 0, counts, 1.0) ** power * (counts > 0)
+    return weights / weights.sum()
+
+
+class NegativeSampler:
+    """Draws the negatives that one optimizer step shares, the same on every rank.
+
+    Args:
+        distribution: float64 [V] from ``negative_distribution``.
+        count: N.
+        seed: the run's seed.
+    """
+
+    def __init__(self, distribution: np.ndarray, count: int, seed: int):
+        # Only tokens that can be drawn: rounding can then never hit one of probability zero.
+        self._tokens = np.flatnonzero(distribution)
+        cumulative = np.cumsum(distribution[self._tokens])
+        self._cumulative = cumulative / cumulative[-1]
+        self._count = count
+        self._seed = seed
+
+    def __call__(self, step: int) -> np.ndarray:
+        """int64 [N] token ids, drawn with replacement."""
+        stream = rng.generator(self._seed, rng.NEGATIVES, step)
+        drawn = np.searchsorted(self._cumulative, stream.random(self._count), side="right")
+        return self._tokens[drawn]
