@@ -1,0 +1,440 @@
+"""The routing of a run: when, by which form, and what it amounted to (TRELM section 3.3)."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from trelm_ds.config import Config, RoutingConfig
+from trelm_ds.errors import CheckpointError, ConfigError
+from trelm_ds.routing.attribution import evaluation_mode, integrated_gradients
+from trelm_ds.routing.context import ACCUMULATE, SELECT, RoutingContext
+from trelm_ds.routing.ffn import RoutedFFN
+from trelm_ds.routing.paths import (
+    BlockRotation,
+    LayerPaths,
+    PathScores,
+    kept_count,
+    random_layer_paths,
+    select_layer_paths,
+)
+
+logger = logging.getLogger(__name__)
+
+DENSE_FORMS = ("none", "frozen")
+ATTRIBUTION_FORMS = ("exact", "quadrature")  # integrated gradients before the backward
+BACKWARD_FORMS = ("in_backward", "activation")  # chosen by the backward itself
+
+
+def refuse_unsupported(config: Config, zero_stage: int) -> None:
+    """Refuses combinations of routing with the rest of the run that cannot work.
+
+    Raises:
+        ConfigError: one line that names the keys.
+    """
+    routing = config.routing
+    if routing.form in DENSE_FORMS:
+        return
+    integrates = routing.form in ATTRIBUTION_FORMS or routing.audit_steps > 0
+    what = f"routing.form {routing.form}" if not routing.audit_steps else "routing.audit_steps"
+    if integrates and zero_stage == 3:
+        raise ConfigError(
+            f"{what} re-runs single layers, which ZeRO-3's partitioned parameters do not allow: "
+            "use ZeRO stage 0, 1 or 2, or routing.form block or in_backward without audits"
+        )
+    if routing.form == "block" and routing.paths == "full":
+        raise ConfigError("routing.form block keeps whole neurons: use routing.paths mid with it")
+    needs_decoding = (
+        integrates
+        or routing.form == "activation"
+        or (routing.form == "in_backward" and routing.score == "signed")
+    )
+    if needs_decoding and not config.decoding.enabled:
+        raise ConfigError(
+            f"{what} scores neurons at the tokens of decoded mentions: it needs "
+            "decoding.enabled true (or routing.form block or random, or in_backward with "
+            "routing.score abs_gradient)"
+        )
+
+
+class RoutingController:
+    """Opens and closes each step's routing, counts updates per neuron, reports.
+
+    A step: ``begin_step``; for every micro-batch ``before_micro_batch``, forward, backward; the
+    optimizer's step, which reads ``row_counts``; ``end_step``. Between steps the FFNs are dense.
+    Every rank makes the same calls: some of them are collective.
+    """
+
+    def __init__(
+        self,
+        config: RoutingConfig,
+        ffns: Sequence[RoutedFFN],
+        context: RoutingContext,
+        total_steps: int,
+        seed: int,
+        process_group=None,
+    ):
+        """Prepares routing for a run.
+
+        Args:
+            ffns: lowest layer first; all of one shape.
+            total_steps: of the run; ``routing.start`` is a fraction of it.
+            process_group: for the scores' all-reduces, of its own so that they cannot mix with
+                the engine's; None: one is made when there is more than one rank (collective).
+        """
+        self.config, self.ffns, self.context, self.seed = config, list(ffns), context, seed
+        self.num_layers = len(self.ffns)
+        self.size = self.ffns[0].intermediate_size
+        self.hidden_size = self.ffns[0].hidden_size
+        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if distributed and process_group is None:
+            process_group = dist.new_group()
+        self.process_group = process_group if distributed else None
+
+        context.process_group = self.process_group
+        context.num_layers = self.num_layers
+        context.full = config.paths == "full"
+        context.exact_input_gradient = config.input_gradient == "exact"
+        context.score = "activation" if config.form == "activation" else config.score
+
+        self.first_step = math.ceil(round(config.start * total_steps, 6))
+        self.counts = torch.zeros(self.num_layers, self.size, dtype=torch.int64)
+        self.blocks = BlockRotation(
+            self.num_layers,
+            self.size,
+            kept_count(self.size, config.kept_fraction, config.multiple_of),
+            config.floor,
+        )
+        self.last_rotation = -1  # step
+        self.step = -1
+        self.routed = False
+        self._micro_batch = 0
+        self._previous: list[LayerPaths] | None = None  # paths of the routed step before
+        self._current: list[LayerPaths] | None = None
+        self._scores: list[torch.Tensor | None] = [None] * self.num_layers  # they were chosen by
+        self._reference: PathScores | None = None  # quadrature of an audited step
+        self._audit: dict[str, float] = {}
+        self._attribution_s = 0.0
+        self._steps = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the FFNs are now: the engine moves the model after the controller was made."""
+        return self.ffns[0].down_bias.device
+
+    # ---- the step --------------------------------------------------------------------------
+
+    def begin_step(self, step: int) -> None:
+        """Opens optimizer step ``step`` (0-based). Collective when a block rotates."""
+        form = self.config.form
+        self.step = step
+        self.routed = form not in DENSE_FORMS and step >= self.first_step
+        self._micro_batch = 0
+        self._reference = None
+        if not self.routed:
+            self.context.end()
+            return
+        undecided = [None] * self.num_layers
+        if form == "block":
+            self._rotate_if_due(step)
+            size = self.blocks.block_size
+            starts = self.blocks.current_starts()
+            # a fixed block has no use for scores
+            mode = ACCUMULATE if self.config.rotation_steps > 0 else None
+            self.context.begin([LayerPaths.block(s, size, self.device) for s in starts], mode)
+        elif form == "random":
+            self.context.begin(
+                random_layer_paths(
+                    self.num_layers,
+                    self.size,
+                    self.hidden_size if self.config.paths == "full" else None,
+                    self.config.kept_fraction,
+                    self.config.multiple_of,
+                    seed=self.seed,
+                    step=step,
+                    device=self.device,
+                )
+            )
+        elif form in BACKWARD_FORMS:
+            self.context.begin(undecided, SELECT, self._select)
+        else:
+            self.context.begin(undecided)
+
+    def before_micro_batch(self, model, batch, memory, memory_weight: float) -> None:
+        """Before each micro-batch's forward: attribution and audits happen here, on the first.
+
+        Collective on the steps where it attributes. All micro-batches of a step share the paths
+        of its first one, whose targets on all ranks decide.
+
+        Args:
+            model: offers ``attribution_problem(batch, memory, memory_weight)``
+                (see ``routing/attribution.py``).
+            batch, memory, memory_weight: as for the model's forward, on its device.
+        """
+        first, self._micro_batch = self._micro_batch == 0, self._micro_batch + 1
+        if not (self.routed and first):
+            return
+        form = self.config.form
+        audit = self.config.audit_steps > 0 and self.step % self.config.audit_steps == 0
+        if form not in ATTRIBUTION_FORMS and not audit:
+            return
+        begin = time.perf_counter()
+        with evaluation_mode(model), self.context.dense():
+            problem = model.attribution_problem(batch, memory, memory_weight)
+            if form in ATTRIBUTION_FORMS:
+                scores = self._attribute(problem, form, self.config.paths == "full")
+                self._choose_all(scores)
+            if audit:
+                self._reference = self._attribute(problem, "quadrature", False)
+        self._attribution_s += time.perf_counter() - begin
+
+    def row_counts(self, layer: int) -> torch.Tensor:
+        """Updates of each neuron including this step's, 0 where it is off the path.
+
+        To be read by the optimizer, after the step's last backward and before ``end_step``.
+
+        Returns:
+            int64 [f] on the CPU.
+        """
+        counts = self.counts[layer] + 1
+        return counts * self._kept_rows(layer) if self.routed else counts
+
+    def active_inputs(self, layer: int) -> torch.Tensor | None:
+        """S_in as a mask, bool [d] on the CPU; None when every input is on the path."""
+        return self._kept_entries(layer, "inputs")
+
+    def active_outputs(self, layer: int) -> torch.Tensor | None:
+        """S_out as a mask, bool [d] on the CPU; None when every output is on the path."""
+        return self._kept_entries(layer, "outputs")
+
+    def end_step(self, applied: bool) -> None:
+        """Closes the step. ``applied``: False when the optimizer skipped it (overflow)."""
+        if applied:
+            for layer in range(self.num_layers):
+                self.counts[layer] += self._kept_rows(layer) if self.routed else 1
+        self._steps += 1
+        if self.routed:
+            nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
+            paths = [p or LayerPaths(nothing) for p in self.context.paths]
+            self._previous, self._current = self._current, paths
+            if self.config.form in BACKWARD_FORMS:
+                chosen_by = self.context.chosen_by
+                self._scores = [None if s is None else s.mid for s in chosen_by]
+            if self._reference is not None:
+                self._audit = self._compare_with_reference(paths)
+        self._reference = None
+        self.context.end()
+
+    # ---- reports ---------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, float]:
+        """What routing did, under the names of the metrics file. Reads back from the device.
+
+        ``routing/kept_fraction``: neurons updated by the last step, mean over layers;
+        ``routing/kept_weight_fraction``: FFN weights on the path, with ``paths: full``;
+        ``routing/jaccard``: last path set against the one before, mean over layers;
+        ``routing/captured_mass``: share of the positive score mass that lies on the path, by the
+        scores it was chosen by (absent for a random or fixed path);
+        ``routing/audit_jaccard``, ``routing/audit_captured_mass``: the audited step's paths
+        against the best sets of the same size by quadrature, the mass relative to theirs;
+        ``time/attribution_s``: integrated gradients and audits, per step since the last call.
+        """
+        if self.config.form in DENSE_FORMS:
+            return {}
+        result = {"time/attribution_s": self._attribution_s / max(1, self._steps)}
+        self._attribution_s, self._steps = 0.0, 0
+        if not self.routed or self._current is None:
+            result["routing/kept_fraction"] = 1.0
+            return result
+        kept = [len(p.rows) / self.size for p in self._current]
+        result["routing/kept_fraction"] = _mean(kept)
+        if self.config.paths == "full":
+            result["routing/kept_weight_fraction"] = _mean(
+                rows * (len(p.inputs) + len(p.outputs)) / (2 * self.hidden_size)
+                for rows, p in zip(kept, self._current, strict=True)
+                if p.inputs is not None
+            )
+        if self._previous is not None:
+            result["routing/jaccard"] = _mean(
+                _jaccard(a.rows, b.rows) for a, b in zip(self._previous, self._current, strict=True)
+            )
+        mass = self._mass(self._current)
+        if mass is not None:
+            result["routing/captured_mass"] = mass
+        result.update(self._audit)
+        return result
+
+    # ---- state -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The state of routing: CPU tensors, the same on every rank. Collective for ``block``.
+
+        ``block.scores`` [ranks, L, f] holds every rank's own running sums, so that a resumed run
+        adds up in the same order as one that never stopped.
+        """
+        state = {"counts": self.counts.clone()}
+        if self._current is not None:
+            previous = torch.zeros(self.num_layers, self.size, dtype=torch.bool)
+            for kept, paths in zip(previous, self._current, strict=True):
+                kept[paths.rows.cpu()] = True
+            state["previous_paths"] = previous
+        if self.config.form == "block":
+            state["block.rotations"] = torch.tensor(self.blocks.count)
+            state["block.last_rotation"] = torch.tensor(self.last_rotation)
+            state["block.current"] = self.blocks.current.clone()
+            state["block.last_used"] = self.blocks.last_used.clone()
+            state["block.scores"] = self._gather_block_scores()
+        return state
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """The inverse; also onto another number of ranks.
+
+        Raises:
+            CheckpointError: the state belongs to another routing form or model shape.
+        """
+        self._check_shape("neurons", state["counts"], self.counts)
+        self.counts.copy_(state["counts"])
+        self._current = None
+        if "previous_paths" in state:
+            self._current = [
+                LayerPaths(kept.nonzero()[:, 0].to(self.device)) for kept in state["previous_paths"]
+            ]
+        if self.config.form != "block":
+            return
+        if "block.scores" not in state:
+            raise CheckpointError("the checkpoint has no state of routing.form block")
+        self._check_shape("blocks", state["block.last_used"], self.blocks.last_used)
+        self.blocks.count = int(state["block.rotations"])
+        self.last_rotation = int(state["block.last_rotation"])
+        self.blocks.current.copy_(state["block.current"])
+        self.blocks.last_used.copy_(state["block.last_used"])
+        scores, rank = state["block.scores"], self._rank()
+        if len(scores) == self._world_size():
+            mine = scores[rank]
+        else:  # another number of ranks: only the sum matters
+            mine = scores.sum(0) if rank == 0 else torch.zeros_like(scores[0])
+        self.context.score_sums = mine.to(self.device, copy=True)
+
+    # ---- internals -------------------------------------------------------------------------
+
+    def _select(self, scores: PathScores) -> LayerPaths:
+        return select_layer_paths(
+            scores,
+            self.config.kept_fraction,
+            self.config.multiple_of,
+            # Eq. 9's sign is kept: what lowers P is no knowledge path
+            positive_only=self.context.score == "signed" or self.config.form in ATTRIBUTION_FORMS,
+            threshold=self.config.threshold,
+        )
+
+    def _choose_all(self, scores: PathScores) -> None:
+        """Paths of every layer from integrated gradients; the threshold is a share of the largest
+        score of all layers here (Dai et al.), of the layer's where layers choose one by one."""
+        self._scores = list(scores.mid.clone())  # before the threshold
+        if self.config.threshold:
+            for values in scores.tensors():
+                values[values < self.config.threshold * values.max()] = 0
+        self.context.paths = [self._select(scores.of_layer(i)) for i in range(self.num_layers)]
+
+    def _attribute(self, problem, form: str, full: bool) -> PathScores:
+        rule, nodes = (
+            ("riemann_right", self.config.attribution_steps)
+            if form == "exact"
+            else ("gauss_legendre", self.config.quadrature_nodes)
+        )
+        scores = integrated_gradients(
+            problem, rule, nodes, full=full, max_targets=self.config.max_targets
+        )
+        self.context.all_reduce(scores)
+        return scores
+
+    def _rotate_if_due(self, step: int) -> None:
+        first = self.last_rotation < 0
+        rotation_steps = self.config.rotation_steps
+        if not first and (rotation_steps == 0 or step - self.last_rotation < rotation_steps):
+            return
+        sums = self.context.score_sums
+        if sums is None:
+            sums = torch.zeros(self.num_layers, self.size, device=self.device)
+        # The one collective of block routing: on every rank at the same step, scored or not.
+        self.context.all_reduce(PathScores(sums))
+        self.blocks.rotate(sums)
+        self._scores = list(sums) if not first else [None] * self.num_layers
+        self.context.score_sums = None
+        self.last_rotation = step
+
+    def _kept_rows(self, layer: int) -> torch.Tensor:
+        kept = torch.zeros(self.size, dtype=torch.bool)
+        paths = self.context.paths[layer]
+        if paths is not None:
+            kept[paths.rows.cpu()] = True
+        return kept
+
+    def _kept_entries(self, layer: int, which: str) -> torch.Tensor | None:
+        if not self.routed or self.config.paths != "full":
+            return None
+        kept = torch.zeros(self.hidden_size, dtype=torch.bool)
+        paths = self.context.paths[layer]
+        if paths is not None:
+            kept[getattr(paths, which).cpu()] = True
+        return kept
+
+    def _mass(self, paths: list[LayerPaths]) -> float | None:
+        pairs = [(p, s) for p, s in zip(paths, self._scores, strict=True) if s is not None]
+        total = sum(float(s.clamp(min=0).sum()) for _, s in pairs)
+        if total <= 0:
+            return None
+        return sum(float(s[p.rows].clamp(min=0).sum()) for p, s in pairs) / total
+
+    def _compare_with_reference(self, paths: list[LayerPaths]) -> dict[str, float]:
+        overlaps, mass, best_mass = [], 0.0, 0.0
+        for layer, path in enumerate(paths):
+            scores = self._reference.mid[layer].clamp(min=0)
+            best = torch.topk(scores, len(path.rows)).indices
+            overlaps.append(_jaccard(path.rows, best))
+            mass += float(scores[path.rows].sum())
+            best_mass += float(scores[best].sum())
+        result = {"routing/audit_jaccard": _mean(overlaps)}
+        if best_mass > 0:
+            result["routing/audit_captured_mass"] = mass / best_mass
+        return result
+
+    @staticmethod
+    def _check_shape(what: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
+        if found.shape != wanted.shape:
+            raise CheckpointError(
+                f"the checkpoint's routing has {' x '.join(map(str, found.shape))} {what} "
+                f"(layers x {what}), the run has {' x '.join(map(str, wanted.shape))}"
+            )
+
+    def _world_size(self) -> int:
+        return dist.get_world_size(self.process_group) if self.process_group is not None else 1
+
+    def _rank(self) -> int:
+        return dist.get_rank(self.process_group) if self.process_group is not None else 0
+
+    def _gather_block_scores(self) -> torch.Tensor:
+        sums = self.context.score_sums
+        if sums is None:
+            sums = torch.zeros(self.num_layers, self.size, device=self.device)
+        if self.process_group is None:
+            return sums.cpu()[None].clone()
+        parts = [torch.empty_like(sums) for _ in range(self._world_size())]
+        dist.all_gather(parts, sums, group=self.process_group)
+        return torch.stack(parts).cpu()
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def _jaccard(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|a and b| / |a or b| of two sets of distinct indices; 1 for two empty ones."""
+    union = torch.cat([a, b]).unique().numel()
+    return (len(a) + len(b) - union) / union if union else 1.0

@@ -1,0 +1,293 @@
+"""The feed-forward block with routed backward, and its place in Hugging Face's models.
+
+Both matrices are stored neuron-major ([f, d]: row j belongs to intermediate neuron j), so that a
+path is a set of rows of every parameter, and a contiguous block is a view of all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from trelm_ds import ops
+from trelm_ds.errors import ConfigError
+from trelm_ds.routing.context import RoutingContext
+from trelm_ds.routing.paths import PathScores
+
+_aten = torch.ops.aten
+
+
+def _gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_tanh_backward(grad, x):
+    return _aten.gelu_backward(grad, x, approximate="tanh")
+
+
+# Hugging Face's name -> (function, (grad of the output, input) -> grad of the input).
+ACTIVATIONS = {
+    "gelu": (F.gelu, _aten.gelu_backward),
+    "gelu_new": (_gelu_tanh, _gelu_tanh_backward),
+    "gelu_pytorch_tanh": (_gelu_tanh, _gelu_tanh_backward),
+    "relu": (F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
+}
+
+
+class _RoutedFFNFunction(torch.autograd.Function):
+    """Exact forward; backward that gives gradients to the layer's paths alone.
+
+    Gradients of parameters are dense, exact zeros off the path: DeepSpeed then sees the same set
+    of gradients on every rank and step (ZeRO-3 would silently reuse a stale one).
+    """
+
+    @staticmethod
+    def forward(ctx, x, up_weight, up_bias, down_weight, down_bias, ffn):
+        hidden = F.linear(x, up_weight, up_bias)  # [N, f]
+        activation = ffn.activation(hidden)
+        ctx.ffn = ffn
+        # Parameters are saved as they are, not as views: ZeRO-3 swaps their data in and out.
+        ctx.save_for_backward(x, hidden, activation, up_weight, down_weight, down_bias)
+        return torch.addmm(down_bias, activation, down_weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, hidden, activation, up_weight, down_weight, down_bias = ctx.saved_tensors
+        ffn, routing = ctx.ffn, ctx.ffn.context
+        layer = ffn.layer_index
+        exact = routing.exact_input_gradient and ctx.needs_input_grad[0]
+
+        # dL/dA of every neuron and token: needed for the exact dX, or by its own choice of score.
+        wants_scores = routing.wants_scores(layer)
+        grad_activation = None
+        if exact or (wants_scores and routing.score_all_tokens):
+            grad_activation = grad @ down_weight.t()
+        if wants_scores:
+            scores = _path_scores(
+                ffn, x, hidden, activation, grad, grad_activation, up_weight, down_weight, down_bias
+            )
+            routing.receive_scores(layer, scores)
+        paths = routing.paths[layer]
+
+        if exact:
+            grad_hidden = ffn.activation_backward(grad_activation, hidden)
+            grad_x = grad_hidden @ up_weight
+        else:  # only the path's columns from here on: [N, k]
+            if grad_activation is None:
+                path_grad = grad @ paths.take(down_weight, 0).t()
+            else:
+                path_grad = paths.take(grad_activation, 1)
+            path_grad = ffn.activation_backward(path_grad, paths.take(hidden, 1))
+            grad_x = path_grad @ paths.take(up_weight, 0) if ctx.needs_input_grad[0] else None
+
+        grad_up = grad_up_bias = grad_down = grad_down_bias = None
+        size = len(up_weight)
+        gathered = paths.start is None and paths.inputs is None  # else views, or columns too
+        if ctx.needs_input_grad[1]:
+            if exact and gathered:
+                grad_up = ops.path_weight_grad(grad_hidden, x, paths.rows)
+            else:
+                left = paths.take(grad_hidden, 1) if exact else path_grad
+                grad_up = paths.weight_grad(left, x, paths.inputs, size)
+        if ctx.needs_input_grad[2]:
+            rows_grad = (paths.take(grad_hidden, 1) if exact else path_grad).sum(0)
+            grad_up_bias = grad.new_zeros(size).index_copy_(0, paths.rows, rows_grad)
+        if ctx.needs_input_grad[3]:
+            if gathered:
+                grad_down = ops.path_weight_grad(activation, grad, paths.rows)
+            else:
+                grad_down = paths.weight_grad(paths.take(activation, 1), grad, paths.outputs, size)
+        if ctx.needs_input_grad[4]:
+            grad_down_bias = grad.sum(0)
+            if paths.outputs is not None:
+                kept = torch.zeros_like(grad_down_bias, dtype=torch.bool)
+                kept[paths.outputs] = True
+                grad_down_bias = grad_down_bias.masked_fill(~kept, 0)
+        return grad_x, grad_up, grad_up_bias, grad_down, grad_down_bias, None
+
+
+def _path_scores(
+    ffn, x, hidden, activation, grad, grad_activation, up_weight, down_weight, down_bias
+) -> PathScores:
+    """This rank's scores of one layer, read off its backward (trelm.md section 4, cheap form).
+
+    signed:        score_j = sum_t p(y*_t) * A_tj * (-dL/dA_tj) over knowledge positions t;
+    abs_gradient:  score_j = sum_t |dL/dA_tj|;
+    activation:    score_j = sum_t |A_tj| (its mean, up to a factor shared by all neurons).
+    S_in and S_out are scored in the same way at the FFN's input and output.
+    """
+    routing = ffn.context
+    device = x.device
+    if routing.score_all_tokens:
+        positions = torch.arange(len(x), device=device)
+        weights = torch.ones(len(x), device=device)
+    else:
+        positions, weights = routing.targets(device)
+    if grad_activation is None or routing.full or routing.score == "activation":
+        # Only the knowledge positions: a few rows, so that nothing of size [N, f] is computed.
+        x, activation, grad = (t.index_select(0, positions) for t in (x, activation, grad))
+        if grad_activation is not None:
+            grad_activation = grad_activation.index_select(0, positions)
+        hidden = hidden.index_select(0, positions)
+        positions = torch.arange(len(positions), device=device)
+
+    if routing.score == "activation":
+        scores = PathScores(activation.abs().sum(0, dtype=torch.float32))
+        if routing.full:
+            output = torch.addmm(down_bias, activation, down_weight)
+            scores.inputs = x.abs().sum(0, dtype=torch.float32)
+            scores.outputs = output.abs().sum(0, dtype=torch.float32)
+        return scores
+
+    def score(value, grad_value):
+        absolute = routing.score == "abs_gradient"
+        return ops.neuron_scores(value, grad_value, positions, weights, absolute)
+
+    if grad_activation is None:
+        grad_activation = grad @ down_weight.t()
+    scores = PathScores(score(activation, grad_activation))
+    if routing.full:
+        grad_x = ffn.activation_backward(grad_activation, hidden) @ up_weight
+        scores.inputs = score(x, grad_x)
+        scores.outputs = score(torch.addmm(down_bias, activation, down_weight), grad)
+    return scores
+
+
+class RoutedFFN(nn.Module):
+    """x -> act(x W1 + b1) W2 + b2, trained along the paths of its context.
+
+    Attributes:
+        up_weight, down_weight: [f, d]. up_bias: [f]. down_bias: [d].
+        layer_index: its row in the context's paths and scores.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str,
+        context: RoutingContext,
+        layer_index: int,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"hidden_act {activation!r} of the backbone is not supported by the routed "
+                f"feed-forward; known: {', '.join(ACTIVATIONS)}"
+            )
+        factory = {"device": device, "dtype": dtype}
+        self.activation, self.activation_backward = ACTIVATIONS[activation]
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.context = context
+        self.layer_index = layer_index
+        self.up_weight = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
+        self.up_bias = nn.Parameter(torch.zeros(intermediate_size, **factory))
+        self.down_weight = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
+        self.down_bias = nn.Parameter(torch.zeros(hidden_size, **factory))
+        nn.init.normal_(self.up_weight, std=0.02)
+        nn.init.normal_(self.down_weight, std=0.02)
+
+    def intermediate(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The activation vectors A [..., f]."""
+        return self.activation(F.linear(hidden_states, self.up_weight, self.up_bias))
+
+    def project(self, activation: torch.Tensor) -> torch.Tensor:
+        """A [..., f] to the FFN's output [..., d]."""
+        return F.linear(activation, self.down_weight.t(), self.down_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.context.active:
+            return self.project(self.intermediate(hidden_states))
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        output = _RoutedFFNFunction.apply(
+            flat, self.up_weight, self.up_bias, self.down_weight, self.down_bias, self
+        )
+        return output.view(hidden_states.shape)
+
+
+def encoder_layers(backbone: nn.Module) -> nn.ModuleList:
+    """The encoder layers of a Hugging Face BERT or RoBERTa, lowest first."""
+    try:
+        return backbone.base_model.encoder.layer
+    except AttributeError:
+        raise ConfigError(
+            f"{type(backbone).__name__} is not a BERT or RoBERTa: it has no encoder.layer"
+        ) from None
+
+
+def install_routed_ffn(backbone: nn.Module, context: RoutingContext) -> list[RoutedFFN]:
+    """Puts a ``RoutedFFN`` into every encoder layer of a Hugging Face BERT or RoBERTa, in place.
+
+    ``layer.intermediate`` becomes the identity and ``layer.output.dense`` the RoutedFFN, so
+    dropout, residual and LayerNorm stay Hugging Face's. Outputs change by rounding only.
+
+    Returns:
+        The FFNs, lowest layer first; they share ``context``.
+
+    Raises:
+        ConfigError: another architecture or activation, or chunked feed-forward.
+    """
+    if getattr(backbone.config, "chunk_size_feed_forward", 0):
+        raise ConfigError("chunk_size_feed_forward of the backbone must be 0 with routed FFNs")
+    ffns = []
+    for index, layer in enumerate(encoder_layers(backbone)):
+        up, down = layer.intermediate.dense, layer.output.dense
+        ffn = RoutedFFN(
+            up.in_features,
+            up.out_features,
+            backbone.config.hidden_act,
+            context,
+            index,
+            device=up.weight.device,
+            dtype=up.weight.dtype,
+        )
+        with torch.no_grad():
+            ffn.up_weight.copy_(up.weight)
+            ffn.up_bias.copy_(up.bias)
+            ffn.down_weight.copy_(down.weight.t())
+            ffn.down_bias.copy_(down.bias)
+        layer.intermediate = nn.Identity()
+        layer.output.dense = ffn
+        ffns.append(ffn)
+    context.num_layers = len(ffns)
+    return ffns
+
+
+def to_hf_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with routed FFNs in Hugging Face's names and layout; the rest is passed on."""
+    result = {}
+    for name, tensor in state_dict.items():
+        stem, _, last = name.rpartition(".output.dense.")
+        if stem and last == "up_weight":
+            result[f"{stem}.intermediate.dense.weight"] = tensor
+        elif stem and last == "up_bias":
+            result[f"{stem}.intermediate.dense.bias"] = tensor
+        elif stem and last == "down_weight":
+            result[f"{stem}.output.dense.weight"] = tensor.t().contiguous()
+        elif stem and last == "down_bias":
+            result[f"{stem}.output.dense.bias"] = tensor
+        else:
+            result[name] = tensor
+    return result
+
+
+def from_hf_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of :func:`to_hf_state_dict`."""
+    result = {}
+    for name, tensor in state_dict.items():
+        stem, _, kind = name.rpartition(".dense.")
+        layer, _, part = stem.rpartition(".")
+        # attention.output.dense has the same ending, but no intermediate beside it
+        if part == "intermediate":
+            result[f"{layer}.output.dense.up_{kind}"] = tensor
+        elif part == "output" and f"{layer}.intermediate.dense.weight" in state_dict:
+            down = tensor.t().contiguous() if kind == "weight" else tensor
+            result[f"{layer}.output.dense.down_{kind}"] = down
+        else:
+            result[name] = tensor
+    return result
