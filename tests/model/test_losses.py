@@ -1,0 +1,116 @@
+"""Eqs. 2 and 3 against loops written from the paper."""
+
+import math
+
+import pytest
+import torch
+
+from trelm_ds.losses import TokenPrior, gold_log_probability, mlm_loss_sum, total_loss
+
+
+def test_mlm_loss_is_the_sum_over_masked_positions():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 11, dtype=torch.float64)
+    labels = torch.tensor([3, 0, 10, 3, 7])
+    expected = 0.0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        expected -= math.log(math.exp(row[label]) / sum(math.exp(x) for x in row))
+    assert mlm_loss_sum(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_mlm_loss_is_float32_for_bf16_logits():
+    torch.manual_seed(0)
+    logits = torch.randn(7, 1000).bfloat16()
+    labels = torch.arange(7)
+    loss = mlm_loss_sum(logits, labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, mlm_loss_sum(logits.float(), labels), rtol=0, atol=0)
+
+
+def test_mlm_loss_without_targets_is_zero_and_connected():
+    logits = torch.zeros(0, 11, requires_grad=True)
+    loss = mlm_loss_sum(logits, torch.zeros(0, dtype=torch.int64))
+    assert loss.item() == 0
+    loss.backward()
+    assert logits.grad is not None
+
+
+def _loop(states, gold, embedding, negatives, log_q):
+    """Eq. 2 for one decoded token, without accidental hits."""
+
+    def score(token):
+        return sum(
+            h * e for h, e in zip(states.tolist(), embedding[token].tolist(), strict=True)
+        ) - float(log_q[token])
+
+    others = [score(n) for n in negatives if n != gold]
+    top = math.exp(score(gold))
+    return math.log(top / (top + sum(math.exp(s) for s in others)))
+
+
+def test_sampled_softmax_is_eq_2():
+    torch.manual_seed(1)
+    embedding = torch.randn(30, 6, dtype=torch.float64)
+    log_q = torch.randn(30).log_softmax(0)
+    states = torch.randn(2, 3, 6, dtype=torch.float64)
+    gold = torch.tensor([[4, 5, 6], [7, 7, 29]])
+    negatives = torch.tensor([1, 2, 5, 5, 29, 8])  # 5 and 29 are gold tokens of some rows
+    actual = gold_log_probability(
+        states, gold, embedding[gold], negatives, embedding[negatives], TokenPrior(log_q)
+    )
+    expected = torch.tensor(
+        [
+            [
+                _loop(states[i, j], int(gold[i, j]), embedding, negatives.tolist(), log_q)
+                for j in range(3)
+            ]
+            for i in range(2)
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_accidental_hits_get_no_gradient_and_only_hits_give_certainty():
+    prior = TokenPrior(torch.zeros(10))
+    states = torch.ones(1, 4)
+    negatives = torch.tensor([3, 3])
+    embeddings = torch.ones(2, 4, requires_grad=True)
+    gold = torch.tensor([3])
+    log_p = gold_log_probability(states, gold, torch.ones(1, 4), negatives, embeddings, prior)
+    assert log_p.item() == 0.0
+    log_p.sum().backward()
+    assert not embeddings.grad.any() and torch.isfinite(embeddings.grad).all()
+
+
+def test_scores_are_computed_in_float32_for_bf16_states():
+    torch.manual_seed(2)
+    table = torch.randn(50, 32).bfloat16()
+    states = torch.randn(4, 32).bfloat16()
+    gold, negatives = torch.arange(4), torch.arange(10, 30)
+    prior = TokenPrior(torch.randn(50))
+    arguments = (gold, table[gold], negatives, table[negatives], prior)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = gold_log_probability(states, *arguments)
+    arguments = (gold, table[gold].double(), negatives, table[negatives].double(), prior)
+    expected = gold_log_probability(states.double(), *arguments)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_prior_keeps_float32_when_the_model_is_cast():
+    log_q = torch.randn(20) * 9
+    prior = TokenPrior(log_q).bfloat16()
+    assert prior.log_q.dtype == torch.float32
+    torch.testing.assert_close(prior.log_q, log_q, rtol=0, atol=0)
+
+
+def test_prior_gives_tokens_outside_its_support_the_smallest_probability():
+    prior = TokenPrior(torch.tensor([-1.0, float("-inf"), -7.0]))
+    assert prior(torch.tensor([1])).item() == -7.0
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.3, 1.0])
+def test_total_loss_is_eq_3(theta):
+    mlm, cka = torch.tensor(2.5), torch.tensor(4.0)
+    assert total_loss(mlm, cka, theta).item() == pytest.approx(theta * 2.5 + (1 - theta) * 4.0)

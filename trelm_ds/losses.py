@@ -1,0 +1,83 @@
+"""Training losses: MLM, contrastive knowledge assessing (Eq. 2) and their total (Eq. 3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class TokenPrior(nn.Module):
+    """log Q(y) of Eq. 2 for every token of the vocabulary, in float32 whatever the model's dtype.
+
+    Args:
+        log_q: float32 [vocabulary]; tokens outside the support of Q get its smallest log
+            probability, so that a gold token can never be infinitely likely.
+    """
+
+    def __init__(self, log_q: torch.Tensor):
+        super().__init__()
+        log_q = log_q.detach().float()
+        finite = log_q[torch.isfinite(log_q)]
+        floor = finite.min() if finite.numel() else torch.tensor(0.0)
+        self.register_buffer("log_q", log_q.clamp(min=floor.item()), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        # DeepSpeed's bf16 mode casts every floating buffer, and log Q rounded to 8 bits of
+        # mantissa moves the corrected scores by up to 0.03: follow the device, keep the dtype.
+        return super()._apply(lambda t: t.to(fn(t).device), recurse)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.log_q[tokens]
+
+
+def mlm_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over the masked positions, in float32.
+
+    Args:
+        logits: float [K, vocabulary], of the masked positions only.
+        labels: int64 [K].
+    Returns:
+        float32 scalar; 0, still connected to ``logits``, when K is 0.
+    """
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def gold_log_probability(
+    states: torch.Tensor,
+    gold_tokens: torch.Tensor,
+    gold_embeddings: torch.Tensor,
+    negative_tokens: torch.Tensor,
+    negative_embeddings: torch.Tensor,
+    prior: TokenPrior,
+) -> torch.Tensor:
+    """Log softmax of the gold token over {gold} + N shared negatives (the summand of Eq. 2).
+
+    The score is f(h, y) = h . E[y] - log Q(y). A negative equal to the row's gold token is an
+    accidental hit and is left out of that row's softmax.
+
+    Args:
+        states: float [..., hidden], decoded states h_d.
+        gold_tokens: int64 [...].
+        gold_embeddings: float [..., hidden], E[gold].
+        negative_tokens: int64 [N].
+        negative_embeddings: float [N, hidden], E[negative].
+        prior: log Q.
+    Returns:
+        float32 [...] (float64 for float64 states), at most 0.
+    """
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    # The differences of these scores are small against their size, and the products are tiny next
+    # to the encoder's: float32 costs nothing here even in a bf16 run.
+    with torch.autocast(states.device.type, enabled=False):
+        states = states.to(dtype)
+        gold = (states * gold_embeddings.to(dtype)).sum(-1) - prior(gold_tokens)
+        negative = states @ negative_embeddings.to(dtype).T - prior(negative_tokens)
+        hit = gold_tokens[..., None] == negative_tokens
+        scores = torch.cat([gold[..., None], negative.masked_fill(hit, float("-inf"))], dim=-1)
+        return scores.log_softmax(-1)[..., 0]
+
+
+def total_loss(mlm: torch.Tensor, cka: torch.Tensor, loss_weight: float) -> torch.Tensor:
+    """L = theta * L_MLM + (1 - theta) * L_CKA (Eq. 3; theta multiplies MLM, as it is printed)."""
+    return loss_weight * mlm + (1.0 - loss_weight) * cka
