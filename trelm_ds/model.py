@@ -1,0 +1,639 @@
+"""TRELM: a Hugging Face BERT or RoBERTa composed with injection, decoding, memory and routing."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    RobertaConfig,
+)
+
+from trelm_ds.config import Config
+from trelm_ds.data.collate import Batch
+from trelm_ds.data.negatives import negative_distribution
+from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.knowledge.decoder import RelationalDecoder
+from trelm_ds.knowledge.injection import ROLE_NONE, KnowledgeInjection, TransETables
+from trelm_ds.losses import TokenPrior, gold_log_probability, mlm_loss_sum, total_loss
+from trelm_ds.memory.bank import MemoryRows
+from trelm_ds.memory.mixing import memory_input
+from trelm_ds.memory.window import local_memory
+from trelm_ds.routing.attribution import AttributionProblem
+from trelm_ds.routing.context import RoutingContext
+from trelm_ds.routing.ffn import install_routed_ffn, to_hf_state_dict
+from trelm_ds.routing.scope import apply_scope
+
+logger = logging.getLogger(__name__)
+
+MODEL_TYPES = ("bert", "roberta")
+
+
+# -- tokenizer and backbone --------------------------------------------------------------------
+
+
+def load_tokenizer(folder: str | Path):
+    """The tokenizer of a local folder, with the special tokens that masking needs.
+
+    Raises:
+        DataError: missing, unreadable, or without pad, mask or unknown token.
+    """
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder, so there is no tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # tokenizers raises plain Exception on a damaged file
+        raise DataError(f"{folder}: tokenizer not loaded: {_one_line(error)}") from None
+    for name in ("pad", "mask", "unk"):
+        if getattr(tokenizer, f"{name}_token_id") is None:
+            raise DataError(f"{folder}: the tokenizer has no {name} token")
+    return tokenizer
+
+
+def build_backbone(config: Config, vocab_size: int, pad_token_id: int) -> nn.Module:
+    """A randomly initialised BERT or RoBERTa by ``config.model``; the caller seeds torch."""
+    model = config.model
+    shape = dict(
+        vocab_size=vocab_size,
+        pad_token_id=pad_token_id,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        intermediate_size=model.intermediate_size,
+        max_position_embeddings=model.max_position_embeddings,
+        hidden_dropout_prob=model.hidden_dropout_prob,
+        attention_probs_dropout_prob=model.attention_probs_dropout_prob,
+    )
+    if model.model_type == "roberta":
+        # RoBERTa counts positions from pad_token_id + 1, so its table is that much longer.
+        shape["max_position_embeddings"] += pad_token_id + 1
+        hf_config = RobertaConfig(**shape, type_vocab_size=1, layer_norm_eps=1e-5)
+    else:
+        hf_config = BertConfig(**shape)
+    return AutoModelForMaskedLM.from_config(
+        hf_config, attn_implementation=model.attn_implementation
+    )
+
+
+def read_backbone_config(folder: str | Path):
+    """The Hugging Face configuration of a local model folder; nothing is downloaded.
+
+    Raises:
+        ConfigError: no such folder, no readable ``config.json``, or another type of model.
+    """
+    if not Path(folder).is_dir():
+        raise ConfigError(f"model {folder}: no such folder (a local folder is needed)")
+    try:
+        hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model {folder}: {_one_line(error)}") from None
+    if hf_config.model_type not in MODEL_TYPES:
+        raise ConfigError(
+            f"model {folder}: type {hf_config.model_type!r} is not one of {', '.join(MODEL_TYPES)}"
+        )
+    return hf_config
+
+
+def load_pretrained(folder: str | Path, attn_implementation: str = "sdpa") -> nn.Module:
+    """BertForMaskedLM or RobertaForMaskedLM in float32 from a local folder.
+
+    Raises:
+        ConfigError: as ``read_backbone_config``, or its weights cannot be read.
+    """
+    hf_config = read_backbone_config(folder)
+    try:
+        backbone, report = AutoModelForMaskedLM.from_pretrained(
+            str(folder),
+            config=hf_config,
+            local_files_only=True,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+    except Exception as error:  # safetensors, pickle, shapes: each library has its own errors
+        raise ConfigError(f"model {folder}: {_one_line(error)}") from None
+    if missing := sorted(report["missing_keys"]):
+        logger.warning("model %s has no %s: newly initialised", folder, ", ".join(missing))
+    return backbone.float()
+
+
+def load_backbone(config: Config, vocab_size: int, pad_token_id: int) -> nn.Module:
+    """The backbone of a run: ``model.model_name_or_path``, or from scratch without one.
+
+    Args:
+        config: the run's configuration.
+        vocab_size: of the data folder's tokenizer.
+        pad_token_id: of the same.
+    Raises:
+        ConfigError: the folder cannot be used, or its positions are too few for the sequences.
+        DataError: its vocabulary is not the tokenizer's.
+    """
+    folder = config.model.model_name_or_path
+    if folder is None:
+        backbone = build_backbone(config, vocab_size, pad_token_id)
+    else:
+        backbone = load_pretrained(folder, config.model.attn_implementation)
+        if backbone.config.vocab_size != vocab_size:
+            raise DataError(
+                f"model {folder} has {backbone.config.vocab_size} tokens but the data folder's "
+                f"tokenizer has {vocab_size}: prepare the data with the model's tokenizer"
+            )
+    if config.data.max_seq_length > max_positions(backbone.config):
+        raise ConfigError(
+            f"data.max_seq_length {config.data.max_seq_length} is above the model's "
+            f"{max_positions(backbone.config)} positions"
+        )
+    return backbone
+
+
+def max_positions(hf_config) -> int:
+    """Longest sequence, in tokens, that the position table allows."""
+    offset = hf_config.pad_token_id + 1 if hf_config.model_type == "roberta" else 0
+    return hf_config.max_position_embeddings - offset
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def encode(
+    backbone: nn.Module, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """Last hidden states [B, S, hidden] from word embeddings [B, S, hidden]."""
+    hf_config = backbone.config
+    if hf_config.model_type == "roberta":
+        # From embeddings alone RoBERTa would number the pads too; this is what it does from ids.
+        mask = attention_mask.long()
+        position_ids = mask.cumsum(1) * mask + hf_config.pad_token_id
+    else:
+        position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+    return backbone.base_model(
+        inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids
+    )[0]
+
+
+def mlm_head(backbone: nn.Module) -> nn.Module:
+    return backbone.lm_head if backbone.config.model_type == "roberta" else backbone.cls
+
+
+# -- spans --------------------------------------------------------------------------------------
+
+
+def span_positions(spans: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every token of every span.
+
+    Args:
+        spans: int64 [M, 3] rows (row, left, right exclusive).
+        length: S.
+    Returns:
+        int64 [P] flat positions into B * S, and int64 [P] the span each belongs to.
+    """
+    row, left, right = spans.unbind(1)
+    width = right - left
+    owner = torch.repeat_interleave(torch.arange(len(spans), device=spans.device), width)
+    within = torch.arange(len(owner), device=spans.device) - (width.cumsum(0) - width)[owner]
+    return (row * length + left)[owner] + within, owner
+
+
+def span_mean(states: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
+    """Mean state of each span: float [M, hidden] of states [B, S, hidden] and spans [M, 3].
+
+    A gather of [M, widest span, hidden] and not an index_add, whose order on a GPU is not fixed.
+    """
+    row, left, right = spans.unbind(1)
+    widest = int((right - left).max()) if len(spans) else 1
+    offset = torch.arange(widest, device=spans.device)
+    inside = offset < (right - left)[:, None]
+    position = torch.where(inside, left[:, None] + offset, left[:, None])
+    gathered = states[row[:, None], position] * inside[..., None]
+    return gathered.sum(1) / (right - left)[:, None]
+
+
+# -- the model ----------------------------------------------------------------------------------
+
+
+class Normalizers(NamedTuple):
+    """What the sums of a micro-batch are divided by: global counts of the step over
+    (world size * accumulation steps), so that the engine's averaging gives the exact mean."""
+
+    mlm: float
+    cka: float
+
+
+class StepOutput(NamedTuple):
+    """Result of one forward. A named tuple, because ZeRO-3 hooks look for tensors in tuples.
+
+    Attributes:
+        loss: scalar, Eq. 3.
+        mlm_loss: scalar, sum over masked positions / normalizers.mlm, detached.
+        cka_loss: scalar, sum over decoded tokens / normalizers.cka, detached.
+        local_memory: float32 [M, hidden], Eq. 4, detached; [0, hidden] without memory bank.
+        cls: float32 [B, hidden], last state of the first token, detached.
+        gold_probability: float32 [D], mean over a row's decoded tokens of P(gold), detached.
+    """
+
+    loss: torch.Tensor
+    mlm_loss: torch.Tensor
+    cka_loss: torch.Tensor
+    local_memory: torch.Tensor
+    cls: torch.Tensor
+    gold_probability: torch.Tensor
+
+
+class MaskedLanguageModel(nn.Module):
+    """A backbone alone, without injection and memory: what anyone gets from an exported folder."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    @property
+    def word_embeddings(self) -> nn.Embedding:
+        return self.backbone.get_input_embeddings()
+
+    @property
+    def hidden_size(self) -> int:
+        return self.backbone.config.hidden_size
+
+    def last_hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Last states [B, S, hidden] of plain text."""
+        return encode(self.backbone, self.word_embeddings(input_ids), attention_mask)
+
+    def mlm_logits(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """MLM scores at some positions only.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: int64 [B, S].
+            positions: int64 [K], flat into B * S.
+        Returns:
+            float32 [K, vocabulary].
+        """
+        states = self.last_hidden_states(input_ids, attention_mask).flatten(0, 1)
+        return mlm_head(self.backbone)(states[positions]).float()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the parameters in float32, under Hugging Face's names and layout."""
+        digest = hashlib.sha256()
+        state = to_hf_state_dict(dict(self.backbone.named_parameters()))
+        for name in sorted(state):
+            array = state[name].detach().cpu().float().contiguous().numpy()
+            digest.update(name.encode() + b"\0" + str(array.shape).encode())
+            digest.update(array.data)
+        return digest.hexdigest()
+
+
+class TrelmModel(MaskedLanguageModel):
+    """The model that is trained; only ``backbone`` is exported.
+
+    Every parameter is read through the module that owns it, never directly, because under ZeRO-3 a
+    parameter is whole only inside its own module's forward; and the same modules run on every rank
+    whatever is in the batch, because each of them is a collective there.
+
+    Args:
+        backbone: BertForMaskedLM or RobertaForMaskedLM; its FFNs are replaced by RoutedFFN.
+        config: the run's configuration.
+        tables: ``KnowledgeTables`` (entity_embeddings, relation_embeddings).
+        num_relations: R.
+        log_q: float32 [vocabulary], log probabilities of the negative tokens (Eq. 2).
+
+    Attributes:
+        backbone: the Hugging Face model with routed FFNs.
+        ffns: its RoutedFFN modules, lowest layer first.
+        routing_context: what they share with the routing controller.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        config: Config,
+        tables,
+        num_relations: int,
+        log_q: torch.Tensor,
+    ):
+        super().__init__(backbone)
+        self.config = config
+        self.routing_context = RoutingContext()
+        self.ffns = install_routed_ffn(backbone, self.routing_context)
+        if config.model.gradient_checkpointing:
+            # Two names of one method: the first is new in transformers 5, the second leaves in 6.
+            enable = getattr(backbone, "activation_checkpointing_enable", None)
+            enable = enable or backbone.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        hidden_size = backbone.config.hidden_size
+        with torch.no_grad():
+            output_rms = rms(self.word_embeddings.weight).item()
+        self.tables = self.injection = self.decoder = None
+        if config.injection.form == "kge":
+            self.tables = TransETables(tables.entity_embeddings, tables.relation_embeddings)
+            self.injection = KnowledgeInjection(self.tables.dim, hidden_size, output_rms)
+        elif config.injection.form == "encoder":
+            self.injection = KnowledgeInjection(hidden_size, hidden_size, output_rms)
+        if config.decoding.enabled:
+            self.decoder = RelationalDecoder(hidden_size, num_relations, config.decoding.scale)
+        self.prior = TokenPrior(log_q)
+        apply_scope(self, config.routing)
+
+    @classmethod
+    def build(cls, config: Config, data_dir: str | Path, graph, tables) -> TrelmModel:
+        """The model of a run on a prepared data folder; seed torch before.
+
+        Args:
+            config: the run's configuration.
+            data_dir: the folder; its tokenizer decides vocabulary and pad token.
+            graph: its ``KnowledgeGraph``.
+            tables: its ``KnowledgeTables``.
+        Raises:
+            ConfigError: see ``load_backbone``.
+            DataError: no usable tokenizer, or not the model's vocabulary.
+        """
+        tokenizer = load_tokenizer(Path(data_dir) / "tokenizer")
+        backbone = load_backbone(config, len(tokenizer), tokenizer.pad_token_id)
+        log_q = torch.zeros(len(tokenizer))
+        if config.decoding.enabled:
+            power = config.decoding.unigram_power
+            q = negative_distribution(tables, graph, len(tokenizer), power)
+            log_q = torch.from_numpy(q).log().float()
+        return cls(backbone, config, tables, graph.num_relations, log_q)
+
+    # -- input ----------------------------------------------------------------------------------
+
+    def _embed(self, batch: Batch, memory: MemoryRows | None, memory_weight: float):
+        """Word embeddings with injected mentions replaced (Eq. 7): float [B, S, hidden]."""
+        embeds = self.word_embeddings(batch.input_ids)
+        use_memory = memory is not None and memory_weight > 0
+        if self.injection is None and not use_memory:
+            return embeds
+        length = embeds.shape[1]
+        positions, owner = span_positions(batch.mention_spans, length)
+        keep = batch.mention_injected[owner]
+        positions, owner = positions[keep], owner[keep]
+        flat = embeds.flatten(0, 1)
+        values = flat[positions]  # role 0 keeps its own token embeddings
+        if self.injection is not None:
+            injected = self.injection(*self._knowledge(batch), batch.injection_role)[owner]
+            has_triple = batch.injection_role[owner] != ROLE_NONE
+            values = torch.where(has_triple[:, None], injected.to(values.dtype), values)
+        if use_memory:
+            # Of the embeddings as they are now, over the text the rows sit in: under ZeRO-3 the
+            # table itself is never whole here.
+            text_rms = masked_rms(embeds.detach(), batch.attention_mask)
+            mixed = memory_input(memory, memory_weight, text_rms, self.config.memory.rescale)
+            values = (1.0 - memory_weight) * values + mixed[owner].to(values.dtype)
+        return flat.index_copy(0, positions, values).view_as(embeds)
+
+    def _knowledge(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The other entity's and the relation's vectors, float [M, input] each."""
+        if self.tables is not None:
+            return self.tables(batch.injection_other, batch.injection_relation)
+        return self._encode_texts(batch)
+
+    def _encode_texts(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """DKPLM's form: texts through the shared encoder, gradients on, mean over real tokens.
+
+        Each distinct text is encoded once. Mentions without a triple have a text of pads only,
+        which is left unattended but for its first token, and their vector is not used.
+        """
+        texts = [batch.injection_text_ids, batch.relation_text_ids]
+        pad = self.backbone.config.pad_token_id
+        width = max(1, *(t.shape[1] for t in texts))
+        texts = [nn.functional.pad(t, (0, width - t.shape[1]), value=pad) for t in texts]
+        # One row of pads, so that the encoder runs on every rank also where there is no mention.
+        empty = texts[0].new_full((1, width), pad)
+        unique, inverse = torch.unique(torch.cat([*texts, empty]), dim=0, return_inverse=True)
+        mask = (unique != pad).long()
+        mask[:, 0] = 1
+        states = encode(self.backbone, self.word_embeddings(unique), mask)
+        pooled = masked_mean(states, mask)[inverse]
+        count = len(texts[0])
+        return pooled[:count], pooled[count : 2 * count]
+
+    # -- training forward -----------------------------------------------------------------------
+
+    def forward(
+        self,
+        batch: Batch,
+        memory: MemoryRows | None,
+        memory_weight: float,
+        normalizers: Normalizers,
+    ) -> StepOutput:
+        """Loss of one micro-batch (Eqs. 2, 3, 4, 7).
+
+        Args:
+            batch: on the model's device; M, K and D may be 0.
+            memory: rows of the batch's mentions, or None.
+            memory_weight: lambda_q of Eq. 8.
+            normalizers: see ``Normalizers``; a count of 0 gives a loss of 0.
+        """
+        states = encode(
+            self.backbone, self._embed(batch, memory, memory_weight), batch.attention_mask
+        )
+        logits = mlm_head(self.backbone)(states.flatten(0, 1)[batch.mlm_positions])
+        mlm = mlm_loss_sum(logits, batch.mlm_labels) / (normalizers.mlm or 1.0)
+        if self.decoder is None:
+            loss, cka = mlm, torch.zeros_like(mlm)
+            gold_probability = mlm.new_zeros(len(batch.decode_mention))
+            decoded = torch.zeros_like(batch.decode_mention, dtype=torch.bool)
+        else:
+            spans = batch.mention_spans[batch.decode_mention]
+            log_p, valid = self._decode(
+                span_mean(states, spans), batch.decode_relation, batch.decode_tokens, batch
+            )
+            cka = -log_p.sum() / (normalizers.cka or 1.0)
+            loss = total_loss(mlm, cka, self.config.decoding.loss_weight)
+            with torch.no_grad():
+                count = valid.sum(1).clamp(min=1)
+                gold_probability = (log_p.exp() * valid).sum(1) / count
+            decoded = valid.any(1)
+        self._set_routing_targets(batch, gold_probability, decoded)
+        detached = states.detach()
+        if self.config.memory.enabled:
+            local = local_memory(
+                detached,
+                batch.attention_mask,
+                batch.mention_spans,
+                self.config.memory.half_window,
+                self.config.memory.paper_norm,
+            )
+        else:
+            local = detached.new_zeros(0, detached.shape[-1])
+        return StepOutput(
+            loss,
+            mlm.detach(),
+            cka.detach(),
+            local.float(),
+            detached[:, 0].float(),
+            gold_probability.float(),
+        )
+
+    def _decode(self, pooled, relation, tokens, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """log P(gold) of every decoded token (0 at pads) and which are tokens: [D, T] each."""
+        if tokens.shape[1] == 0:  # nothing to decode: one step of pads keeps the graph whole
+            tokens = tokens.new_full((len(tokens), 1), -1)
+        decoded = self.decoder(pooled, relation, tokens.shape[1])
+        valid = tokens >= 0
+        gold = tokens.clamp(min=0)
+        log_p = gold_log_probability(
+            decoded,
+            gold,
+            self.word_embeddings(gold),
+            batch.negatives,
+            self.word_embeddings(batch.negatives),
+            self.prior,
+        )
+        return log_p * valid, valid
+
+    @torch.no_grad()
+    def _set_routing_targets(self, batch, gold_probability, decoded) -> None:
+        """Knowledge positions: tokens of decoded mentions, weighted by their mean P(gold)."""
+        size = len(batch.mention_spans)
+        total = gold_probability.new_zeros(size).index_add(
+            0, batch.decode_mention, gold_probability * decoded
+        )
+        count = torch.bincount(batch.decode_mention[decoded], minlength=size)
+        positions, owner = span_positions(batch.mention_spans, batch.input_ids.shape[1])
+        keep = count[owner] > 0
+        positions, owner = positions[keep], owner[keep]
+        self.routing_context.set_targets(positions, (total / count.clamp(min=1))[owner])
+
+    # -- attribution ----------------------------------------------------------------------------
+
+    def attribution_problem(
+        self, batch: Batch, memory: MemoryRows | None, memory_weight: float
+    ) -> AttributionProblem:
+        """The micro-batch as ``trelm_ds.routing.attribution`` wants it."""
+
+        def run_encoder():
+            return encode(
+                self.backbone, self._embed(batch, memory, memory_weight), batch.attention_mask
+            )
+
+        def gold_probability(hidden_states, mentions):
+            copy, row = (mentions[:, None] == batch.decode_mention[None]).nonzero(as_tuple=True)
+            spans = batch.mention_spans[batch.decode_mention[row]].clone()
+            spans[:, 0] = copy
+            log_p, valid = self._decode(
+                span_mean(hidden_states, spans),
+                batch.decode_relation[row],
+                batch.decode_tokens[row],
+                batch,
+            )
+            probability = (log_p.exp() * valid).sum(1)
+            return probability.new_zeros(len(mentions)).index_add(0, copy, probability)
+
+        has_tokens = (batch.decode_tokens >= 0).any(1)
+        return AttributionProblem(
+            encode=run_encoder,
+            layers=self.backbone.base_model.encoder.layer,
+            spans=batch.mention_spans,
+            mentions=torch.unique(batch.decode_mention[has_tokens]),
+            gold_probability=gold_probability,
+        )
+
+    # -- start-up ------------------------------------------------------------------------------
+
+    def name_embeddings(self, tables):
+        """Where local memory starts: the mean embedding of each key's name tokens.
+
+        Args:
+            tables: ``KnowledgeTables``: entity names as token ids; long-tail words as strings.
+        Returns:
+            A function of keys int64 [n] on the CPU to float32 [n, hidden].
+        """
+
+        words = [" " + word for word, _ in tables.long_tail_words]  # as they stand in a text
+        word_ids = []
+        if words:
+            tokenizer = load_tokenizer(tables.folder / "tokenizer")
+            word_ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+
+        @torch.no_grad()
+        def rows(keys: torch.Tensor) -> torch.Tensor:
+            width = tables.entity_names.shape[1]
+            token_ids = np.full((len(keys), width), -1, dtype=np.int64)
+            for row, key in zip(token_ids, keys.tolist(), strict=True):
+                word = key - tables.num_entities
+                name = tables.entity_names[key] if word < 0 else word_ids[word]
+                row[: len(name)] = name[:width]
+            ids = torch.from_numpy(token_ids).to(self.word_embeddings.weight.device)
+            return masked_mean(self.word_embeddings(ids.clamp(min=0)).float(), ids >= 0)
+
+        return rows
+
+    def routed_parameters(self):
+        """(layer, kind, parameter) of every FFN tensor; kinds as in ``RoutedFFN``."""
+        for ffn in self.ffns:
+            for kind, parameter in ffn.named_parameters():
+                yield ffn.layer_index, kind, parameter
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Number of parameters: ``total``, ``trained``, and ``routed`` (trained, in FFNs)."""
+        routed = {id(p) for _, _, p in self.routed_parameters()}
+        counts = {"total": 0, "trained": 0, "routed": 0}
+        for parameter in self.parameters():
+            size = getattr(parameter, "ds_numel", parameter.numel())  # whole, under ZeRO-3 too
+            counts["total"] += size
+            if parameter.requires_grad:
+                counts["trained"] += size
+                counts["routed"] += size if id(parameter) in routed else 0
+        return counts
+
+
+def parameter_groups(model: TrelmModel, weight_decay: float) -> list[dict]:
+    """Optimizer groups: with and without weight decay, the FFNs' tensors in groups of their own.
+
+    Biases and LayerNorms are not decayed. DeepSpeed flattens a group and never mixes two, so an
+    optimizer that masks path updates finds only routed tensors in the groups flagged ``routed``.
+
+    Returns:
+        Non-empty groups ``{"params", "names", "weight_decay", "routed"}`` of trained parameters.
+    """
+    routed = {id(p) for _, _, p in model.routed_parameters()}
+    groups: dict[tuple[bool, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decayed = parameter.dim() > 1
+        key = (id(parameter) in routed, decayed)
+        group = groups.setdefault(
+            key,
+            {
+                "params": [],
+                "names": [],
+                "weight_decay": weight_decay if decayed else 0.0,
+                "routed": key[0],
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [groups[key] for key in sorted(groups)]
+
+
+def rms(values: torch.Tensor) -> torch.Tensor:
+    """Root mean square of all entries, in float32."""
+    return values.float().pow(2).mean().sqrt()
+
+
+def masked_rms(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Root mean square over the real tokens (mask [B, S] not 0) of states [B, S, hidden]."""
+    per_token = states.float().pow(2).mean(-1)
+    return ((per_token * mask).sum() / mask.sum()).sqrt()
+
+
+def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over dim 1 of states [n, t, hidden] where mask [n, t] is not 0; zeros for no token."""
+    mask = mask.to(states.dtype)[..., None]
+    return (states * mask).sum(1) / mask.sum(1).clamp(min=1)
