@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Checkpoint to Hugging Face folder: ``python launch/export.py CHECKPOINT DIR``."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from trelm_ds.errors import EXIT_DONE, CheckpointError, TrelmError
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint folder, or the newest one of a run's OUTPUT_DIR."""
+    for folder in (path, path / "checkpoints"):
+        if (folder / "LATEST").is_file():
+            return folder / (folder / "LATEST").read_text().strip()
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help=".../checkpoints/step_N, or a run's folder")
+    parser.add_argument("output_dir", type=Path, help="Hugging Face folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    args = parser.parse_args(argv)
+    try:
+        from trelm_ds.checkpoint import load_model_state
+        from trelm_ds.export import export_model, last_evaluation
+
+        checkpoint = resolve_checkpoint(args.checkpoint)
+        state = load_model_state(checkpoint)
+        step = json.loads((checkpoint / "state.json").read_text())["step"]
+        metrics = last_evaluation(checkpoint.parent.parent / "metrics.jsonl", step)
+        export_model(state, checkpoint, args.output_dir, metrics=metrics, overwrite=args.overwrite)
+    except TrelmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(args.output_dir)
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""P@1 against a plain Hugging Face loop, splits, sharding over ranks, held-out loss, the CLI."""
+
+import importlib.util
+import json
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+from multiprocess import run_ranks
+from tiny_corpus import write_tiny_corpus
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from trelm_ds.config import load_config
+from trelm_ds.errors import DataError
+from trelm_ds.evaluate import (
+    evaluate_heldout,
+    evaluate_probes,
+    heldout_mlm_loss,
+    load_probes,
+    probe_accuracy,
+    read_probe,
+    single_tokens,
+)
+from trelm_ds.model import MaskedLanguageModel, build_backbone, load_pretrained, load_tokenizer
+
+SHAPE = {
+    "model.hidden_size": 16,
+    "model.num_hidden_layers": 1,
+    "model.num_attention_heads": 2,
+    "model.intermediate_size": 16,
+    "model.max_position_embeddings": 48,
+    "data.max_seq_length": 32,
+    "train.per_device_train_batch_size": 4,
+    "train.eval_batches": 3,
+}
+
+
+def _config(**overrides):
+    flat = {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_config("mlm", overrides=SHAPE | flat)
+
+
+def _save_model(folder, data, model_type="bert"):
+    """A random model with strong opinions, and the data's tokenizer, as a Hugging Face folder."""
+    tokenizer = load_tokenizer(data / "tokenizer")
+    torch.manual_seed(1)
+    config = _config(model__model_type=model_type)
+    backbone = build_backbone(config, len(tokenizer), tokenizer.pad_token_id)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        backbone.get_input_embeddings().weight.add_(
+            torch.randn_like(backbone.get_input_embeddings().weight)
+        )
+    backbone.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_tiny_corpus(folder, train=8, heldout=21)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hf_folder(data, tmp_path_factory):
+    return _save_model(tmp_path_factory.mktemp("model") / "hf", data)
+
+
+@pytest.fixture(scope="module")
+def model(hf_folder):
+    return MaskedLanguageModel(load_pretrained(hf_folder))
+
+
+def _brute_force(hf_folder, data, candidates=None):
+    """P@1 with nothing of this package: one sentence at a time, plain Hugging Face."""
+    model = AutoModelForMaskedLM.from_pretrained(hf_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(hf_folder)
+    hits = defaultdict(lambda: defaultdict(list))
+    if candidates is None:
+        candidates = (data / "probe" / "candidates.txt").read_text().split()
+    allowed = [tokenizer.convert_tokens_to_ids(word) for word in candidates]
+    for file in (data / "probe").glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            inputs = tokenizer(row["text"], return_tensors="pt")
+            with torch.no_grad():
+                logits = model(**inputs).logits[0]
+            mask = inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)
+            best = max(allowed, key=lambda token: logits[mask, token].item())
+            hit = tokenizer.convert_ids_to_tokens(best) == row["answer"]
+            for split in ("all", row["set"], *(k for k in ("tail", "graph_only") if row[k])):
+                hits[split][row["relation"]].append(hit)
+    return hits
+
+
+def test_p_at_1_equals_a_plain_loop(model, hf_folder, data):
+    probe = load_probes(data, model)
+    result = probe_accuracy(model, probe, "cpu", batch_size=7)
+    expected = _brute_force(hf_folder, data)
+    assert set(result["splits"]) == set(expected) == {"all", "tail", "graph_only", "template"}
+    for split, by_relation in expected.items():
+        scores = [sum(hits) / len(hits) for hits in by_relation.values()]
+        every = [hit for hits in by_relation.values() for hit in hits]
+        found = result["splits"][split]
+        assert found["p1"] == pytest.approx(sum(scores) / len(scores)), split
+        assert found["p1_micro"] == pytest.approx(sum(every) / len(every)), split
+        assert (found["facts"], found["relations"]) == (len(every), len(scores))
+    for relation, hits in expected["all"].items():
+        assert result["relations"][relation]["p1"] == pytest.approx(sum(hits) / len(hits))
+    # The comparison says nothing if the model is always or never right.
+    assert 0 < result["splits"]["all"]["p1_micro"] < 1
+    assert result["splits"]["all"]["p1"] != result["splits"]["all"]["p1_micro"]
+
+
+def test_metric_names(model, data):
+    values = evaluate_probes(model, load_probes(data, model), "cpu")
+    assert {"eval/probe_p1", "eval/probe_p1_tail", "eval/probe_p1_graph_only"} <= set(values)
+    assert evaluate_probes(model, None, "cpu") == {}
+
+
+def test_limit_spreads_over_the_facts(model, data):
+    every = load_probes(data, model).rows
+    some = load_probes(data, model, limit=5).rows
+    assert len(some) == 5 and some[0] is not every[0]
+    assert {row.relation for row in some} == {row.relation for row in every}
+
+
+def test_a_folder_without_probe_has_none(model, tmp_path):
+    assert load_probes(tmp_path, model) is None
+
+
+def _probe_file(folder, tokenizer_from, rows, candidates=None):
+    (folder / "probe").mkdir(parents=True)
+    defaults = {"relation": "P1", "set": "context", "tail": False, "graph_only": False}
+    lines = [json.dumps(defaults | row) for row in rows]
+    (folder / "probe" / "P1.jsonl").write_text("\n".join(lines) + "\n")
+    if candidates is not None:
+        (folder / "probe" / "candidates.txt").write_text("\n".join(candidates))
+    return load_tokenizer(tokenizer_from / "tokenizer")
+
+
+def test_facts_that_cannot_be_asked_are_counted(data, tmp_path):
+    rows = [
+        {"text": "the city of [MASK] .", "answer": "name1"},
+        {"text": "the city of [MASK] .", "answer": "name1 name2"},  # two tokens
+        {"text": "the city of [MASK] .", "answer": "zebra"},  # unknown
+        {"text": "the city of [MASK] .", "answer": "name4"},  # no candidate
+        {"text": "the city of [MASK] " + "the " * 40, "answer": "name1"},
+    ]
+    tokenizer = _probe_file(tmp_path, data, rows, ["name1", "name2", "not a token"])
+    probe = read_probe(tmp_path, tokenizer, max_length=32)
+    assert probe.skipped == {"not_one_token": 2, "not_a_candidate": 1, "too_long": 1}
+    assert len(probe.rows) == 1 and probe.rows[0].splits == ("all", "context")
+    assert len(probe.candidates[True]) == 2
+
+
+def test_without_candidates_every_token_but_the_specials_competes(data, tmp_path):
+    tokenizer = _probe_file(tmp_path, data, [{"text": "[MASK] was old .", "answer": "name1"}])
+    probe = read_probe(tmp_path, tokenizer)
+    assert len(probe.candidates[False]) == len(tokenizer) - 5
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("not json", "not valid JSON"),
+        ('{"relation": "P1"}', "'text' is missing"),
+        ('["a list"]', "'relation' is missing"),
+        (
+            '{"relation": "P1", "text": "no mask", "answer": "a", "set": "template", '
+            '"tail": false, "graph_only": false}',
+            "exactly once",
+        ),
+    ],
+)
+def test_bad_probe_lines_name_file_and_line(data, tmp_path, text, problem):
+    tokenizer = load_tokenizer(data / "tokenizer")
+    (tmp_path / "P1.jsonl").write_text("\n" + text + "\n")
+    with pytest.raises(DataError, match=rf"P1\.jsonl:2: .*{problem}"):
+        read_probe(tmp_path, tokenizer)
+
+
+def test_byte_level_answers_depend_on_the_space_before_them(tmp_path):
+    tokenizer = _byte_level_tokenizer(tmp_path / "tokenizer")
+    vocabulary = tokenizer.get_vocab()
+    assert single_tokens(tokenizer, ["ab", "zz"], True) == [vocabulary["Ġab"], -1]
+    assert single_tokens(tokenizer, ["ab", "zz"], False) == [vocabulary["ab"], -1]
+    rows = [
+        {"text": "ab [MASK] ab", "answer": "ab"},
+        {"text": "ab ([MASK]) ab", "answer": "ab"},
+        {"text": "[MASK] ab", "answer": "ab"},
+    ]
+    _probe_file(tmp_path, tmp_path, rows, ["ab", "cd"])
+    probe = read_probe(tmp_path, tokenizer)
+    assert [row.spaced for row in probe.rows] == [True, False, False]
+    assert [row.answer for row in probe.rows] == [
+        vocabulary["Ġab"], vocabulary["ab"], vocabulary["ab"],
+    ]  # fmt: skip
+    # The mask token takes the space with it, as Hugging Face's RoBERTa does.
+    assert tokenizer.convert_ids_to_tokens(probe.rows[0].ids) == [
+        "<s>",
+        "ab",
+        "<mask>",
+        "Ġab",
+        "</s>",
+    ]
+
+
+def _byte_level_tokenizer(folder):
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "c", "d", "Ġ", "(", ")"]
+    words += ["ab", "cd", "Ġab", "Ġcd"]
+    merges = [("a", "b"), ("c", "d"), ("Ġ", "ab"), ("Ġ", "cd")]
+    bpe = models.BPE({w: i for i, w in enumerate(words)}, merges, unk_token="<unk>")
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False
+    )
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True), *words[:4]])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"pad": "<pad>", "unk": "<unk>", "mask": "<mask>", "bos": "<s>", "eos": "</s>"}
+    settings = {f"{k}_token": v for k, v in names.items()}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(folder)
+
+
+# -- held-out loss ------------------------------------------------------------------------------
+
+
+def _heldout(data, rank=0, world_size=1):
+    from trelm_ds.data.loader import heldout_batches
+    from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+
+    tables, graph = KnowledgeTables.load(data), KnowledgeGraph.load(data)
+    return heldout_batches(_config(), data, rank, world_size, graph, tables)
+
+
+def test_heldout_loss_equals_a_plain_loop(model, hf_folder, data):
+    batches = _heldout(data)
+    plain = AutoModelForMaskedLM.from_pretrained(hf_folder).eval()
+    total = count = 0
+    for batch in batches:
+        assert not len(batch.mention_spans)
+        with torch.no_grad():
+            logits = plain(batch.input_ids, attention_mask=batch.attention_mask).logits
+        for position, label in zip(batch.mlm_positions, batch.mlm_labels, strict=True):
+            row, column = divmod(int(position), batch.input_ids.shape[1])
+            total -= logits[row, column].log_softmax(0)[label].item()
+            count += 1
+    model.train()
+    loss, tokens = heldout_mlm_loss(model, batches, "cpu")
+    assert model.training
+    model.eval()
+    assert tokens == count > 20
+    assert loss == pytest.approx(total / count, rel=1e-5)
+    assert evaluate_heldout(model, batches, "cpu") == {"eval/mlm_loss": loss}
+
+
+def test_nothing_held_out(model):
+    loss, tokens = heldout_mlm_loss(model, [], "cpu")
+    assert math.isnan(loss) and tokens == 0
+    assert evaluate_heldout(model, [], "cpu") == {}
+
+
+def _evaluate_on_rank(rank, world_size, data, hf_folder):
+    from pathlib import Path
+
+    data = Path(data)
+    model = MaskedLanguageModel(load_pretrained(hf_folder))
+    calls = []
+    model.register_forward_hook(lambda *_: None)
+    model.backbone.base_model.register_forward_hook(lambda *_: calls.append(1))
+    batches = _heldout(data, rank, world_size)
+    values = evaluate_heldout(model, batches, "cpu")
+    probe = load_probes(data, model)
+    values |= evaluate_probes(model, probe, "cpu", rank=rank, world_size=world_size)
+    return values, len(batches), len(calls)
+
+
+def test_ranks_share_the_work_and_agree(model, hf_folder, data):
+    results = run_ranks(_evaluate_on_rank, 2, str(data), str(hf_folder))
+    alone = evaluate_heldout(model, _heldout(data), "cpu")
+    alone |= evaluate_probes(model, load_probes(data, model), "cpu")
+    for values, _, _ in results:
+        assert values == pytest.approx(alone)
+    assert [batches for _, batches, _ in results] == [2, 1]  # 3 batches of the split
+    assert results[0][2] == results[1][2]  # forwards are collectives under ZeRO-3
+
+
+# -- command line -------------------------------------------------------------------------------
+
+
+def _cli(repo, name):
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", repo / "launch" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.mark.parametrize("task", ["lama", "heldout"])
+def test_command_line(repo, task, model, hf_folder, data, tmp_path, capsys):
+    file = tmp_path / "result.json"
+    arguments = [task, "--model", str(hf_folder), "--data", str(data), "--json", str(file)]
+    arguments += ["--device", "cpu", "--per_device_eval_batch_size", "4", "--eval_batches", "3"]
+    assert _cli(repo, "evaluate")(arguments) == 0
+    result = json.loads(file.read_text())
+    assert result == json.loads(capsys.readouterr().out)
+    assert result["task"] == task
+    if task == "lama":
+        expected = probe_accuracy(model, load_probes(data, model), "cpu")
+        assert result["splits"] == expected["splits"]
+    else:
+        expected, tokens = heldout_mlm_loss(model, _heldout(data), "cpu")
+        assert result["mlm_loss"] == pytest.approx(expected, rel=1e-6)
+        assert result["masked_tokens"] == tokens
+
+
+def test_command_line_errors_are_one_line(repo, data, tmp_path, capsys):
+    arguments = ["lama", "--model", str(tmp_path / "none"), "--data", str(data)]
+    assert _cli(repo, "evaluate")(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
