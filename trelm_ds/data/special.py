@@ -40,7 +40,7 @@ class SpecialTokens:
             raise DataError(f"{folder}: not found")
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # tokenizers raises the bare class on a malformed file
             raise DataError(f"{folder}: not loadable: {' '.join(str(error).split())}") from None
         ids = {
             name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "mask", "cls", "sep")

@@ -52,7 +52,9 @@ def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndar
             f"{path}: {array.dtype} {list(array.shape)}, expected {dtype} "
             f"{['*' if want is None else want for want in shape]}".replace("'", "")
         )
-    return np.asarray(array)  # a plain view of the map: np.memmap's own indexing is slow
+    array = np.asarray(array)  # a plain view of the map: np.memmap's own indexing is slow
+    array.flags.writeable = False
+    return array
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

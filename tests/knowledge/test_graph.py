@@ -1,0 +1,281 @@
+"""Graph and tables: what is saved is loaded, and files that do not fit are named."""
+
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from tiny_corpus import write_tiny_corpus
+
+from trelm_ds.errors import DataError
+from trelm_ds.knowledge.graph import (
+    KnowledgeGraph,
+    KnowledgeTables,
+    load_array,
+    save_array,
+    save_graph,
+    save_tables,
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_tiny_corpus(tmp_path_factory.mktemp("tiny"), train=8, heldout=2)
+
+
+@pytest.fixture
+def folder(corpus, tmp_path):
+    """A copy that a test may damage."""
+    shutil.copytree(corpus.folder, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_edges_match_a_plain_loop(corpus):
+    graph = KnowledgeGraph.load(corpus.folder)
+    triples = corpus.triples.tolist()
+    some_without = False
+    for entity in range(graph.num_entities):
+        expected = [[1, r, t] for h, r, t in triples if h == entity]
+        expected += [[2, r, h] for h, r, t in triples if t == entity]
+        edges = graph.edges_of(entity)
+        assert edges.dtype == np.int32 and edges.shape == (len(expected), 3)
+        assert edges.tolist() == expected
+        assert graph.degree(entity) == graph.degrees()[entity] == len(expected)
+        assert [list(graph.edge(entity, i)) for i in range(len(expected))] == expected
+        for others in ({0}, {1, 3, 5, 8}, set(), set(range(graph.num_entities))):
+            near = [tuple(row) for row in expected if row[2] in others]
+            assert graph.edges_between(entity, others) == near
+        some_without |= not expected
+    assert some_without and graph.degrees().sum() == 2 * len(triples)
+
+
+def test_edges_at_the_borders(tmp_path):
+    """Self loops, parallel relations, and an entity range with gaps at both ends."""
+    entities = [(f"Q{i}", f"n{i}", "") for i in range(6)]
+    triples = [(2, 0, 2), (2, 1, 3), (2, 0, 3), (3, 0, 2)]
+    save_graph(tmp_path, entities, [("P1", "a"), ("P2", "b")], np.array(triples), np.zeros((0, 3)))
+    graph = KnowledgeGraph.load(tmp_path)
+    assert [graph.degree(e) for e in range(6)] == [0, 0, 5, 3, 0, 0]
+    edges = [[1, 0, 2], [1, 0, 3], [1, 1, 3], [2, 0, 2], [2, 0, 3]]
+    assert graph.edges_of(2).tolist() == edges
+    assert [list(graph.edge(2, i)) for i in range(5)] == edges
+    assert graph.edges_between(2, {3}) == [(1, 0, 3), (1, 1, 3), (2, 0, 3)]
+    assert graph.edges_of(5).shape == (0, 3)
+
+
+def test_an_empty_graph(tmp_path):
+    none = np.zeros((0, 3), dtype=np.int32)
+    entry = save_graph(tmp_path, [("Q1", "only", "")], [], none, none)
+    graph = KnowledgeGraph.load(tmp_path)
+    assert (entry["entities"], entry["relations"], entry["triples"]) == (1, 0, 0)
+    assert graph.degree(0) == 0 and graph.edges_of(0).shape == (0, 3)
+    assert graph.degrees().tolist() == [0] and graph.edges_between(0, {0}) == []
+
+
+def test_saved_and_loaded(corpus, tmp_path):
+    names = ["Ælfrič  of\tEynsham\n", "plain", ""]
+    entry = save_graph(
+        tmp_path,
+        [(f"Q{i}", name, "a\tb") for i, name in enumerate(names)],
+        [("P1", "knows")],
+        np.array([[1, 0, 2], [0, 0, 1], [1, 0, 2]]),  # unsorted, one twice
+        np.array([[2, 0, 0]]),
+        [("Ælf ric", 0), ("plain", 1)],
+    )
+    graph = KnowledgeGraph.load(tmp_path)
+    assert entry["triples"] == 2 and graph.triples.tolist() == [[0, 0, 1], [1, 0, 2]]
+    assert graph.withheld.tolist() == [[2, 0, 0]] and graph.triples.dtype == np.int32
+    assert graph.entity_names == ["Ælfrič of Eynsham", "plain", ""]
+    assert graph.entity_descriptions == ["a b"] * 3
+    assert graph.entity_ids == ["Q0", "Q1", "Q2"]
+    assert (graph.relation_ids, graph.relation_names) == (["P1"], ["knows"])
+    assert graph.aliases == [("Ælf ric", 0), ("plain", 1)]
+    assert not graph.triples.flags.writeable
+    # The same content has the same hash, other content another.
+    again = save_graph(
+        tmp_path / "b",
+        [(f"Q{i}", name, "a b") for i, name in enumerate(names)],
+        [("P1", "knows")],
+        np.array([[0, 0, 1], [1, 0, 2]]),
+        np.zeros((0, 3)),
+    )
+    assert again == entry
+    assert corpus.manifest["graph"]["sha256"] != entry["sha256"]
+
+
+def test_both_travel_as_a_path(corpus):
+    graph = KnowledgeGraph.load(corpus.folder)
+    tables = KnowledgeTables.load(corpus.folder)
+    graph.edges_of(0), graph.entity_names  # caches must not travel
+    for original in (graph, tables):
+        assert len(pickle.dumps(original)) < 1000
+    copy = pickle.loads(pickle.dumps(graph))
+    assert copy.edges_of(0).tolist() == graph.edges_of(0).tolist()
+    copy = pickle.loads(pickle.dumps(tables))
+    np.testing.assert_array_equal(copy.importance, tables.importance)
+    assert copy.num_keys == tables.num_keys == 24 + 5
+
+
+def test_tables(corpus):
+    tables = KnowledgeTables.load(corpus.folder)
+    assert tables.entity_embeddings.shape == (25, 8) and not tables.entity_embeddings[0].any()
+    assert tables.relation_embeddings.shape == (5, 8)
+    names = corpus.entity_names
+    for entity in range(24):
+        ids = tables.entity_names[entity]
+        assert " ".join(corpus.words[i] for i in ids[ids >= 0]) == names[entity]
+    counts = np.zeros(24 + 5, dtype=int)
+    for sample in corpus.samples["train"]:
+        np.add.at(counts, sample.spans[:, 2], 1)
+    assert tables.entity_frequency.tolist() == counts[:24].tolist()
+    assert [count for _, count in tables.long_tail_words] == counts[24:].tolist()
+    assert [word for word, _ in tables.long_tail_words] == [f"rareword{i}" for i in range(5)]
+
+
+def test_importance_may_be_scored_later(folder):
+    (folder / "tables" / "importance.npy").unlink()
+    tables = KnowledgeTables.load(folder)
+    assert tables.importance is None and pickle.loads(pickle.dumps(tables)).importance is None
+
+
+def saved(array, **options):
+    def write(path):
+        with open(path, "wb") as file:
+            np.save(file, array, **options)
+
+    return write
+
+
+def changed(row, column, value):
+    def write(path):
+        array = np.load(path)
+        array[row, column] = value
+        np.save(path, array)
+
+    return write
+
+
+def text(old, new):
+    return lambda path: path.write_text(path.read_text().replace(old, new, 1))
+
+
+INT32 = np.int32
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        ("triples.npy", lambda p: p.unlink(), "not found"),
+        ("triples.npy", lambda p: p.write_bytes(b"junk" * 100), "not a readable .npy"),
+        ("triples.npy", lambda p: p.write_bytes(p.read_bytes()[:-4]), "not a readable .npy"),
+        ("triples.npy", saved(np.array([{}], object), allow_pickle=True), "not a readable"),
+        ("triples.npy", lambda p: np.savez(open(p, "wb"), a=np.zeros((9, 3), INT32)), "readable"),
+        ("triples.npy", saved(np.zeros((5, 3), np.int64)), r"int64 \[5, 3\], expected int32"),
+        (
+            "triples.npy",
+            saved(np.zeros((5, 4), INT32)),
+            r"int32 \[5, 4\], expected int32 \[\*, 3\]",
+        ),
+        ("triples.npy", saved(np.zeros((2, 3), INT32)), "not sorted and unique"),
+        ("triples.npy", saved(np.array([[1, 0, 0], [0, 0, 1]], INT32)), "not sorted and unique"),
+        ("triples.npy", changed(0, 0, -1), "a negative index"),
+        ("triples.npy", changed(-1, 2, 24), "an entity index is not below 24"),
+        ("triples.npy", changed(-1, 0, 24), "an entity index is not below 24"),
+        ("triples.npy", changed(-1, 1, 4), "a relation index is not below 4"),
+        ("withheld.npy", changed(0, 2, 24), "an entity index is not below 24"),
+        ("entities.tsv", lambda p: p.unlink(), "not found"),
+        ("entities.tsv", lambda p: p.write_text(""), "an entity index is not below 0"),
+    ],
+)
+def test_a_damaged_graph_is_named(folder, name, damage, message):
+    damage(folder / "graph" / name)
+    with pytest.raises(DataError, match=message) as caught:
+        KnowledgeGraph.load(folder)
+    text = str(caught.value)
+    assert "\n" not in text and (name in text or "triples.npy" in text)
+
+
+def test_a_withheld_fact_among_the_triples_is_refused(corpus, folder):
+    save_array(folder / "graph" / "withheld.npy", corpus.triples[3:4])
+    with pytest.raises(DataError, match="a withheld fact is a training triple"):
+        KnowledgeGraph.load(folder)
+
+
+@pytest.mark.parametrize(
+    "name, damage, read, message",
+    [
+        ("entities.tsv", text("1\tQ101", "7\tQ101"), "entity_names", "line 2 has index '7'"),
+        ("entities.tsv", text("1\tQ101\t", "1\tQ101"), "entity_ids", "line 2 has 3 values, not 4"),
+        ("relations.tsv", text("born in", "born\tin"), "relation_names", "has 4 values, not 3"),
+        (
+            "relations.tsv",
+            lambda p: p.write_bytes(b"0\tP1\t\xff\n" * 4),
+            "relation_ids",
+            "not UTF-8",
+        ),
+        ("aliases.tsv", text("\t1\n", "\t24\n"), "aliases", "entity index '24'"),
+        ("aliases.tsv", text("\t1\n", "\t-1\n"), "aliases", "entity index '-1'"),
+    ],
+)
+def test_damaged_names_are_named(folder, name, damage, read, message):
+    damage(folder / "graph" / name)
+    graph = KnowledgeGraph.load(folder)
+    with pytest.raises(DataError, match=message) as caught:
+        getattr(graph, read)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        ("entity_embeddings", lambda p: p.unlink(), "not found"),
+        ("entity_embeddings", saved(np.zeros((24, 8), np.float32)), r"expected float32 \[25, \*\]"),
+        ("entity_embeddings", saved(np.zeros((25, 8))), r"float64 \[25, 8\], expected float32"),
+        ("entity_embeddings", saved(np.zeros((25, 9), np.float32)), "differ in dimension"),
+        ("entity_embeddings", changed(3, 3, np.nan), "not finite"),
+        ("entity_embeddings", changed(0, 3, 1), "row 0 is not zero"),
+        ("relation_embeddings", changed(2, 0, np.inf), "not finite"),
+        ("entity_frequency", saved(np.zeros(23, np.int64)), r"expected int64 \[24\]"),
+        ("entity_frequency", saved(np.full(24, -1)), "outside 0.."),
+        ("token_frequency", saved(np.zeros(9, np.int64)), "expected int64"),
+        ("importance", saved(np.ones(3, np.float32)), "expected float32"),
+        ("entity_names", changed(3, 0, 10_000), "outside -1.."),
+        ("relation_names", changed(1, 0, -2), "outside -1.."),
+        ("two_hop", saved(np.full(24, 1001, INT32)), "outside 0..1000"),
+    ],
+)
+def test_a_damaged_table_is_named(folder, name, damage, message):
+    damage(folder / "tables" / f"{name}.npy")
+    with pytest.raises(DataError, match=message) as caught:
+        KnowledgeTables.load(folder)
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value) or message == "differ in dimension"
+
+
+def test_unscored_values_are_not_finite(folder):
+    path = folder / "tables" / "importance.npy"
+    importance = np.load(path)
+    importance[5] = np.nan
+    np.save(path, importance)
+    with pytest.raises(DataError, match="importance.npy: a value is not finite"):
+        KnowledgeTables.load(folder)
+
+
+def test_long_tail_words_match_the_manifest(folder):
+    save_tables(folder, long_tail_words=[("one", 3)])
+    with pytest.raises(DataError, match="long_tail_words.tsv: not 5 rows"):
+        KnowledgeTables.load(folder)
+
+
+def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "x.npy"
+    save_array(path, np.arange(5, dtype=np.int32))
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trelm_ds.knowledge.graph.os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_array(path, np.zeros(1, dtype=np.int32))
+    assert load_array(path, "int32", (5,)).tolist() == [0, 1, 2, 3, 4]
+    assert [p.name for p in path.parent.iterdir()] == ["x.npy"]
