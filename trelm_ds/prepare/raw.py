@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -12,7 +14,7 @@ class RawDocument:
 
     Attributes:
         doc: name of the document the text is from; the unit of the train/held-out split.
-        text: plain text.
+        text: plain text. A line break is taken as the end of a sentence.
         spans: (start, end, entity id) in characters of ``text``, end excluded.
         heldout: True or False to fix the split; None lets the builder choose by ``doc``.
     """
@@ -25,7 +27,11 @@ class RawDocument:
 
 @dataclass(slots=True)
 class RawEntity:
-    """A node of the graph; the first name is ``name``, every other one an alias."""
+    """A node of the graph; the first name is ``name``, every other one an alias.
+
+    An empty ``name`` means that the source has none: the builder then takes the entity's first
+    surface form in the text.
+    """
 
     name: str
     description: str = ""
@@ -45,6 +51,29 @@ class RawGraph:
     relations: dict[str, str] = field(default_factory=dict)
     triples: list[tuple[str, str, str]] = field(default_factory=list)
     withheld: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def name_entity(self, entity: str, name: str, description: str = "") -> None:
+        """Adds an entity, or another name of it; the first name given stays its name."""
+        known = self.entities.get(entity)
+        if known is None:
+            self.entities[entity] = RawEntity(name, description)
+            return
+        known.description = known.description or description
+        if not known.name:
+            known.name = name
+        elif name and name != known.name and name not in known.aliases:
+            known.aliases += (name,)
+
+    def merge(self, other: RawGraph) -> None:
+        """Adds what ``other`` knows; names already here win."""
+        for entity, node in other.entities.items():
+            self.name_entity(entity, node.name, node.description)
+            for alias in node.aliases:
+                self.name_entity(entity, alias)
+        for relation, name in other.relations.items():
+            self.relations[relation] = self.relations.get(relation) or name
+        self.triples.extend(other.triples)
+        self.withheld.extend(other.withheld)
 
 
 @dataclass(slots=True)
@@ -67,10 +96,24 @@ class RawProbe:
 
 @dataclass(slots=True)
 class RawCorpus:
-    """Everything a reader found. ``documents`` may be a one-pass iterable."""
+    """Everything a reader found.
+
+    Attributes:
+        documents: may be a one-pass iterable. ``graph``, ``probes`` and ``counts`` may still be
+            filled while it runs, so the builder reads them only after its last document.
+        candidates: words a probe may answer; empty: any.
+        counts: what the reader dropped or mended, by reason; goes into ``stats.json``.
+    """
 
     name: str
     documents: Iterable[RawDocument]
     graph: RawGraph
     probes: list[RawProbe] = field(default_factory=list)
-    candidates: list[str] = field(default_factory=list)  # words a probe may answer; empty: any
+    candidates: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def chosen(name: str, fraction: float, seed: int, purpose: str) -> bool:
+    """Whether ``name`` falls in a seeded share of all names; independent of their order."""
+    digest = hashlib.blake2b(f"{purpose}\0{seed}\0{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64

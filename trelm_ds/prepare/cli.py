@@ -1,0 +1,249 @@
+"""The command line of ``launch/prepare.py``: corpora in, prepared folders out, steps on them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from trelm_ds.data.shards import load_manifest
+from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError
+from trelm_ds.prepare.builder import BuildOptions, build
+from trelm_ds.prepare.ernie import read_ernie
+from trelm_ds.prepare.graphs import read_graph
+from trelm_ds.prepare.jsonl import read_jsonl
+from trelm_ds.prepare.raw import RawCorpus
+from trelm_ds.prepare.reader import ReaderOptions
+from trelm_ds.prepare.rebel import read_rebel
+from trelm_ds.prepare.staging import check_output
+from trelm_ds.prepare.trex import read_trex
+from trelm_ds.prepare.wikidata5m import read_wikidata5m
+
+log = logging.getLogger(__name__)
+
+
+def _read_sample(inputs: list[Path], options: ReaderOptions) -> RawCorpus:
+    if inputs:
+        raise ConfigError("sample: takes no --input, the corpus is made by the package")
+    from trelm_ds.sample.corpus import sample_corpus
+
+    return sample_corpus(options.seed)
+
+
+READERS: dict[str, tuple[Callable[[list[Path], ReaderOptions], RawCorpus], str]] = {
+    "sample": (_read_sample, "the embedded synthetic corpus; no --input"),
+    "trex": (read_trex, "LAMA's T-REx: a folder with trex/P*.jsonl and relations.jsonl"),
+    "ernie": (read_ernie, "ERNIE's linked Wikipedia articles"),
+    "rebel": (read_rebel, "REBEL documents, *.jsonl"),
+    "jsonl": (read_jsonl, 'your own: {"id", "text", "spans": [[start, end, "Q42"]]} a line'),
+    "wikidata5m": (read_wikidata5m, "Wikidata5M: triples, aliases and texts in one folder"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ConfigError(message)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="launch/prepare.py",
+        description="Write a prepared data folder from a corpus, or run a step on such a folder.",
+    )
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=_Parser)
+    defaults, build_defaults = ReaderOptions(), BuildOptions()
+    for name, (_, text) in READERS.items():
+        kind = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+        kind.add_argument("--input", nargs="+", type=Path, default=[], metavar="PATH")
+        kind.add_argument("--output", required=True, type=Path, metavar="DIR")
+        kind.add_argument(
+            "--graph",
+            action="append",
+            default=[],
+            metavar="PATH[:FORMAT]",
+            help="a graph to merge; repeatable; FORMAT: fb15k237, codex, wikidata5m, tsv",
+        )
+        kind.add_argument(
+            "--vocab",
+            type=Path,
+            metavar="PATH",
+            help="BERT vocab.txt, RoBERTa vocab.json beside merges.txt, or a tokenizer folder; "
+            "else a WordPiece vocabulary is trained on the corpus",
+        )
+        kind.add_argument(
+            "--max_seq_length", type=int, default=build_defaults.max_seq_length, metavar="N"
+        )
+        kind.add_argument("--seed", type=int, default=defaults.seed, metavar="N")
+        kind.add_argument(
+            "--heldout_fraction", type=float, default=defaults.heldout_fraction, metavar="X"
+        )
+        kind.add_argument(
+            "--graph_only_fraction",
+            type=float,
+            default=defaults.graph_only_fraction,
+            metavar="X",
+            help="trex: share of subjects whose facts no text states",
+        )
+        kind.add_argument(
+            "--limit", type=int, metavar="N", help="documents (trex: facts) to read at most"
+        )
+        kind.add_argument(
+            "--strict", action="store_true", help="a mentioned id that no graph knows is an error"
+        )
+        kind.add_argument(
+            "--overwrite", action="store_true", help="replace an existing prepared folder"
+        )
+        _add_transe(kind)
+    for name, text in (
+        ("score", "semantic importance of every training mention (Eq. 1)"),
+        ("embed", "train the TransE vectors again"),
+        ("stats", "write stats.json and stats.png again"),
+        ("verify", "check every checksum, sample and id"),
+    ):
+        step = kinds.add_parser(name, help=f"step: {text}", description=text, allow_abbrev=False)
+        step.add_argument(
+            "--output", required=True, type=Path, metavar="DIR", help="the prepared folder"
+        )
+        if name == "embed":
+            _add_transe(step)
+            step.add_argument("--seed", type=int, default=defaults.seed, metavar="N")
+        if name == "score":
+            source = step.add_mutually_exclusive_group(required=True)
+            source.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder")
+            source.add_argument(
+                "--random_init", action="store_true", help="a model from scratch, default sizes"
+            )
+            step.add_argument("--seed", type=int, default=defaults.seed, metavar="N")
+            step.add_argument(
+                "--replacement",
+                choices=("unk", "mask"),
+                default="unk",
+                help="what a mention's tokens become",
+            )
+    return parser
+
+
+def _add_transe(parser: argparse.ArgumentParser) -> None:
+    defaults = BuildOptions()
+    parser.add_argument("--dim", type=int, default=defaults.dim, metavar="N", help="TransE")
+    parser.add_argument("--epochs", type=int, default=defaults.epochs, metavar="N", help="TransE")
+
+
+def prepare(argv: list[str]) -> str:
+    """Runs one command.
+
+    Returns:
+        One line about what was done.
+
+    Raises:
+        TrelmError: anything the user can mend; nothing half-written is left.
+    """
+    args = _build_parser().parse_args(argv)
+    if args.kind in READERS:
+        return _prepare_corpus(args)
+    return {"score": _score, "embed": _embed, "stats": _stats, "verify": _verify}[args.kind](args)
+
+
+def _prepare_corpus(args: argparse.Namespace) -> str:
+    options = BuildOptions(
+        max_seq_length=args.max_seq_length,
+        strict=args.strict,
+        overwrite=args.overwrite,
+        dim=args.dim,
+        epochs=args.epochs,
+    )
+    if not args.input and args.kind != "sample":
+        raise ConfigError(f"{args.kind}: --input is needed")
+    check_output(args.output, args.overwrite)  # before minutes of reading
+    reading = ReaderOptions(
+        seed=args.seed,
+        heldout_fraction=args.heldout_fraction,
+        graph_only_fraction=args.graph_only_fraction,
+        limit=args.limit,
+        vocab=args.vocab,
+    )
+    for source in args.graph:
+        reading.graph.merge(read_graph(source))
+    corpus = READERS[args.kind][0](args.input, reading)
+    manifest = build(corpus, args.output, reading, options)
+    splits, graph = manifest["splits"], manifest["graph"]
+    return (
+        f"{args.output}: {splits['train']['samples']} training and "
+        f"{splits['heldout']['samples']} held-out samples, {splits['train']['tokens']} tokens, "
+        f"{graph['entities']} entities, {graph['relations']} relations, {graph['triples']} triples"
+    )
+
+
+def _score(args: argparse.Namespace) -> str:
+    import torch
+
+    from trelm_ds.config import build_config
+    from trelm_ds.knowledge.importance import score_importance
+    from trelm_ds.model import MaskedLanguageModel, load_backbone
+    from trelm_ds.prepare.vocabulary import load_tokenizer
+
+    manifest = load_manifest(args.output)
+    tokenizer = load_tokenizer(args.output / "tokenizer")
+    length = manifest["max_seq_length"]
+    config = build_config(
+        {
+            "model.model_name_or_path": None if args.random_init else str(args.model),
+            "model.model_type": manifest["tokenizer"]["type"],
+            "model.max_position_embeddings": max(512, length),
+            "data.max_seq_length": length,
+        }
+    )
+    torch.manual_seed(args.seed)
+    model = MaskedLanguageModel(load_backbone(config, len(tokenizer), tokenizer.pad_token_id))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    report = score_importance(model, args.output, replacement=args.replacement)
+    return f"{args.output}: scored {report['spans']} spans, mean importance {report['mean']:.4f}"
+
+
+def _embed(args: argparse.Namespace) -> str:
+    from trelm_ds.knowledge.graph import KnowledgeGraph, save_tables
+    from trelm_ds.knowledge.transe import train_transe
+
+    BuildOptions(dim=args.dim, epochs=args.epochs)  # checks both
+    load_manifest(args.output)
+    graph = KnowledgeGraph.load(args.output)
+    entities, relations = train_transe(
+        graph.triples,
+        graph.num_entities,
+        graph.num_relations,
+        dim=args.dim,
+        epochs=args.epochs,
+        seed=args.seed,
+    )
+    save_tables(args.output, entity_embeddings=entities, relation_embeddings=relations)
+    return f"{args.output}: TransE vectors of {graph.num_entities} entities, dim {args.dim}"
+
+
+def _stats(args: argparse.Namespace) -> str:
+    from trelm_ds.prepare.stats import write_stats
+
+    stats = write_stats(args.output, load_manifest(args.output))
+    return f"{args.output}: stats of {stats['samples']['train']} training samples"
+
+
+def _verify(args: argparse.Namespace) -> str:
+    from trelm_ds.prepare.verify import verify
+
+    return verify(args.output)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The script: progress and errors on stderr, the summary on stdout.
+
+    Returns:
+        The exit code.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        sys.stdout.write(prepare(sys.argv[1:] if argv is None else argv) + "\n")
+    except TrelmError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return error.exit_code
+    return EXIT_DONE

@@ -1,0 +1,33 @@
+"""Finding mentions in plain text by the names of a raw graph's entities."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trelm_ds.knowledge.linker import EntityLinker
+from trelm_ds.prepare.raw import RawGraph
+
+
+def entity_names(graph: RawGraph, entity: str) -> tuple[str, ...]:
+    """Every name of an entity; none if the graph does not name it."""
+    node = graph.entities.get(entity)
+    return (node.name, *node.aliases) if node is not None else ()
+
+
+class GraphLinker:
+    """Links by all names of a graph; of entities with one name, the one in more triples."""
+
+    def __init__(self, graph: RawGraph):
+        self._ids = list(graph.entities)
+        index = {entity: i for i, entity in enumerate(self._ids)}
+        degree = np.zeros(len(self._ids), np.int64)
+        for head, _, tail in graph.triples:
+            for end in (head, tail):
+                if end in index:
+                    degree[index[end]] += 1
+        aliases = ((n, i) for i, e in enumerate(self._ids) for n in entity_names(graph, e))
+        self._linker = EntityLinker(aliases, degree)
+
+    def find(self, text: str) -> list[tuple[int, int, str]]:
+        """(start, end, entity id) of the mentions in ``text``."""
+        return [(start, end, self._ids[i]) for start, end, i in self._linker.find(text)]

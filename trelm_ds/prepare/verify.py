@@ -1,0 +1,117 @@
+"""A prepared folder checked against itself: every checksum, sample, index, count and id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from trelm_ds.data.shards import ShardReader, load_manifest
+from trelm_ds.errors import DataError
+from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+from trelm_ds.prepare.builder import tokenizer_digest
+from trelm_ds.prepare.vocabulary import load_tokenizer
+
+
+def verify(folder: Path) -> str:
+    """Reads the whole folder.
+
+    Returns:
+        One line that sums up what was found.
+
+    Raises:
+        DataError: naming the first file that is missing, damaged or inconsistent.
+    """
+    manifest = load_manifest(folder)
+    graph = _check_graph(folder, manifest)
+    tables = KnowledgeTables.load(folder)
+    tokenizer = _check_tokenizer(folder, manifest)
+    num_entities = graph.num_entities
+    lines = []
+    for split, entry in manifest["splits"].items():
+        reader = ShardReader(folder, manifest, split)
+        reader.verify_all()
+        tokens = np.zeros(manifest["tokenizer"]["vocab_size"], np.int64)
+        keys = np.zeros(tables.num_keys, np.int64)
+        length = spans = 0
+        for i in range(len(reader)):
+            sample = reader[i]
+            where = f"{folder}: {split} sample {i}"
+            if sample.first_span != spans:
+                raise DataError(f"{where}: first_span is {sample.first_span}, expected {spans}")
+            if (sample.ids[0], sample.ids[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id):
+                raise DataError(f"{where}: does not begin and end with the special tokens")
+            np.add.at(tokens, sample.ids[1:-1], 1)
+            np.add.at(keys, sample.spans[:, 2], 1)
+            length += len(sample.ids)
+            spans += len(sample.spans)
+        if (length, spans) != (entry["tokens"], entry["spans"]):
+            raise DataError(f"{folder}: {split} holds {length} tokens and {spans} spans, not those "
+                            "of the manifest")  # fmt: skip
+        if split == "train":
+            for name, counted in (
+                ("token_frequency", tokens),
+                ("entity_frequency", keys[:num_entities]),
+            ):
+                if not np.array_equal(getattr(tables, name), counted):
+                    raise DataError(f"{folder}/tables/{name}.npy: does not fit the training split")
+        lines.append(f"{split} {len(reader)} samples, {length} tokens, {spans} spans")
+    probes = _check_probes(folder, num_entities)
+    return (
+        f"{folder}: ok: {'; '.join(lines)}; {num_entities} entities, {graph.num_relations} "
+        f"relations, {len(graph.triples)} triples, {probes} probes"
+    )
+
+
+def _check_graph(folder: Path, manifest: dict) -> KnowledgeGraph:
+    graph = KnowledgeGraph.load(folder)
+    entry = manifest["graph"]
+    digest = hashlib.sha256()
+    for name in ("entities.tsv", "relations.tsv", "triples.npy"):
+        digest.update((folder / "graph" / name).read_bytes())
+    found = {
+        "entities": len(graph.entity_ids),
+        "relations": len(graph.relation_ids),
+        "triples": len(graph.triples),
+        "sha256": digest.hexdigest(),
+    }
+    for name, value in found.items():
+        if entry[name] != value:
+            raise DataError(f"{folder}/graph: {name} is {value}, the manifest says {entry[name]}")
+    if len(set(graph.entity_ids)) != len(graph.entity_ids):
+        raise DataError(f"{folder}/graph/entities.tsv: an id occurs twice")
+    _ = graph.aliases  # reads and checks them
+    return graph
+
+
+def _check_tokenizer(folder: Path, manifest: dict):
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    entry = manifest["tokenizer"]
+    for name, value in (("sha256", tokenizer_digest(folder)), ("vocab_size", len(tokenizer))):
+        if entry[name] != value:
+            raise DataError(f"{folder}/tokenizer: {name} is {value}, the manifest's {entry[name]}")
+    return tokenizer
+
+
+def _check_probes(folder: Path, num_entities: int) -> int:
+    """Number of probes."""
+    total = 0
+    for path in sorted((folder / "probe").glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            if not line:
+                continue
+            try:
+                probe = json.loads(line)
+                good = (
+                    -1 <= probe["subject"] < num_entities
+                    and 0 <= probe["object"] < num_entities
+                    and probe["text"].count("[MASK]") == 1
+                )
+            except (ValueError, KeyError, TypeError, AttributeError):
+                good = False
+            if not good:
+                raise DataError(f"{path}:{number}: not a probe of this folder's entities")
+            total += 1
+    return total

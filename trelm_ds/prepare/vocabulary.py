@@ -1,0 +1,140 @@
+"""The tokenizer of a prepared folder: a given vocabulary, or WordPiece trained on the corpus."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from trelm_ds.errors import DataError
+
+log = logging.getLogger(__name__)
+
+BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+TRAINED_VOCABULARY = 8192  # the embedded sample and corpora of a few MiB fill about this much
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int = TRAINED_VOCABULARY):
+    """A lower-casing BERT tokenizer trained on ``texts``.
+
+    Returns:
+        A fast Hugging Face tokenizer.
+    """
+    from tokenizers import BertWordPieceTokenizer
+
+    trainer = BertWordPieceTokenizer(lowercase=True)
+    trainer.train_from_iterator(
+        texts,
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=BERT_SPECIALS,
+        show_progress=False,
+    )
+    vocabulary = trainer.get_vocab()
+    return _bert(sorted(vocabulary, key=vocabulary.get), lowercase=True)
+
+
+def _bert(words: list[str], lowercase: bool):
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    backend = BertWordPieceTokenizer(
+        {word: index for index, word in enumerate(words)}, lowercase=lowercase
+    )
+    return BertTokenizerFast(tokenizer_object=backend._tokenizer, do_lower_case=lowercase)
+
+
+def _bert_from_file(path: Path):
+    try:
+        words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--vocab {path}: {error}") from None
+    words = [word.rstrip("\r") for word in words]
+    missing = [special for special in BERT_SPECIALS if special not in words]
+    if missing or len(set(words)) != len(words):
+        fault = f"{', '.join(missing)} missing" if missing else "a word occurs twice"
+        raise DataError(f"--vocab {path}: not a BERT vocabulary: {fault}")
+    # A cased vocabulary holds capitals outside the bracketed specials, an uncased one never does.
+    lowercase = all(word == word.lower() for word in words if not word.startswith("["))
+    return _bert(words, lowercase)
+
+
+def _roberta_from_files(vocabulary: Path, merges: Path):
+    from tokenizers import AddedToken, ByteLevelBPETokenizer, processors
+    from transformers import RobertaTokenizerFast
+
+    try:
+        # The upstream file's pairs, one a line; its first line is a version comment.
+        lines = merges.read_text(encoding="utf-8").split("\n")
+        pairs = [tuple(x.rstrip("\r").split(" ")) for x in lines if x and x[:9] != "#version:"]
+        vocab = json.loads(vocabulary.read_text(encoding="utf-8"))
+        for special in ("<s>", "<pad>", "</s>", "<unk>", "<mask>"):
+            if special not in vocab:
+                raise ValueError(f"{special} missing")
+        backend = ByteLevelBPETokenizer(vocab, pairs)
+    # Hand-written checks would only repeat what the backend checks of ids and pairs.
+    except Exception as error:
+        raise DataError(f"--vocab {vocabulary}: not a RoBERTa vocabulary: {error}") from None
+    # By position: the name of the second argument differs between versions of tokenizers.
+    backend._tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", vocab["</s>"]), ("<s>", vocab["<s>"])
+    )
+    # As upstream: the mask takes the blank before it along, so "in <mask>." is three tokens.
+    mask = AddedToken("<mask>", lstrip=True, special=True)
+    return RobertaTokenizerFast(tokenizer_object=backend._tokenizer, mask_token=mask)
+
+
+def load_vocabulary(path: Path):
+    """A fast tokenizer from local files only.
+
+    Args:
+        path: a BERT ``*vocab.txt``; a RoBERTa ``*vocab.json`` with ``*merges.txt`` beside it; or
+            a folder that holds ``tokenizer.json`` or one of these.
+
+    Raises:
+        DataError: nothing of that kind is there, or it is broken.
+    """
+    if path.is_dir():
+        if (path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file():
+            return load_tokenizer(path)
+        for name in ("vocab.txt", "vocab.json"):
+            if (path / name).is_file():
+                return load_vocabulary(path / name)
+        raise DataError(f"--vocab {path}: no tokenizer.json, vocab.txt or vocab.json in it")
+    if not path.is_file():
+        raise DataError(f"--vocab {path}: no such file or folder")
+    if path.suffix == ".json":
+        merges = path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")
+        if not merges.is_file():
+            raise DataError(f"--vocab {path}: no {merges.name} beside it")
+        return _roberta_from_files(path, merges)
+    return _bert_from_file(path)
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a local folder; never a download, never code from the folder.
+
+    Raises:
+        DataError: it cannot be loaded, is not a fast one, or lacks a special token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, use_fast=True
+        )
+    # transformers raises a dozen kinds of error for a broken folder; all mean the same here.
+    except Exception as error:
+        raise DataError(f"{folder}: no tokenizer: {' '.join(str(error).split())[:300]}") from None
+    if not tokenizer.is_fast:
+        raise DataError(f"{folder}: not a fast tokenizer (character offsets are needed)")
+    for name in ("cls_token_id", "sep_token_id", "mask_token_id", "pad_token_id", "unk_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise DataError(f"{folder}: the tokenizer has no {name.removesuffix('_id')}")
+    return tokenizer
+
+
+def tokenizer_type(tokenizer) -> str:
+    """``bert`` or ``roberta``: which backbone the special tokens belong to."""
+    return "roberta" if tokenizer.cls_token == "<s>" else "bert"
