@@ -279,3 +279,11 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
         save_array(path, np.zeros(1, dtype=np.int32))
     assert load_array(path, "int32", (5,)).tolist() == [0, 1, 2, 3, 4]
     assert [p.name for p in path.parent.iterdir()] == ["x.npy"]
+
+
+@pytest.mark.parametrize("triple", [(3, 0, 0), (0, 1, 0), (0, 0, -1)])
+def test_a_graph_with_indices_out_of_range_is_not_saved(tmp_path, triple):
+    entities = [(f"Q{i}", f"n{i}", "") for i in range(3)]
+    with pytest.raises(DataError, match="triples.npy: .* index"):
+        save_graph(tmp_path, entities, [("P1", "a")], np.array([triple]), np.zeros((0, 3)))
+    assert not (tmp_path / "graph" / "triples.npy").exists()
