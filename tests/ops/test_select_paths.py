@@ -1,0 +1,63 @@
+import math
+
+import pytest
+import torch
+
+from trelm_ds.ops import reference
+
+
+def _select(ops, scores, k, positive_only=True, threshold=0.0):
+    return ops.select_paths(torch.as_tensor(scores), k, positive_only, threshold).tolist()
+
+
+def test_keeps_the_best_in_ascending_order(ops):
+    scores = torch.tensor([0.1, 5.0, -7.0, 3.0, 4.0])
+    rows = ops.select_paths(scores, 3, True, 0.0)
+    assert rows.dtype == torch.int64
+    assert rows.tolist() == [1, 3, 4]
+
+
+def test_of_equal_scores_the_lower_index_wins(ops):
+    assert _select(ops, [1.0, 2.0, 1.0, 2.0, 1.0, 1.0], 4) == [0, 1, 2, 3]
+    assert _select(ops, torch.ones(1000), 7) == list(range(7))
+
+
+def test_positive_only(ops):
+    assert _select(ops, [0.0, -1.0, 1.0, -0.0], 4) == [2]
+    assert _select(ops, [0.0, -1.0, 1.0, -2.0], 3, positive_only=False) == [0, 1, 2]
+
+
+def test_nan_is_never_selected_and_infinities_rank(ops):
+    scores = [math.nan, 1.0, math.inf, -math.inf, math.nan, 1e38]
+    assert _select(ops, scores, 2) == [2, 5]
+    assert _select(ops, scores, 6, positive_only=False) == [1, 2, 3, 5]
+    assert _select(ops, [math.nan] * 4, 2, positive_only=False) == []
+
+
+def test_threshold_is_a_share_of_the_largest(ops):
+    scores = [10.0, 2.0, 1.9, -3.0, 5.0]
+    assert _select(ops, scores, 5, threshold=0.2) == [0, 1, 4]
+    assert _select(ops, scores, 5, positive_only=False, threshold=1.0) == [0]
+    assert _select(ops, [-1.0, -2.0], 2, positive_only=False, threshold=0.5) == []
+
+
+def test_none_wanted_and_none_there(ops):
+    assert _select(ops, [1.0, 2.0], 0) == []
+    assert _select(ops, torch.zeros(0), 3) == []
+    assert _select(ops, torch.zeros(0), 3, threshold=0.2) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_equals_the_reference_on_scores_with_many_ties(kernels, dtype):
+    generator = torch.Generator().manual_seed(1)
+    for trial in range(20):
+        scores = torch.randint(-5, 20, (257,), generator=generator).to(dtype)
+        scores[torch.randint(257, (9,), generator=generator)] = torch.nan
+        k = int(torch.randint(0, 258, (), generator=generator))
+        arguments = (scores, k, trial % 2 == 0, 0.3 * (trial % 3))
+        expected = reference.select_paths(*arguments)
+        assert torch.equal(kernels.select_paths(*arguments), expected)
+
+
+def test_opcheck(kernels):
+    torch.library.opcheck(torch.ops.trelm.select_paths.default, (torch.randn(64), 9, True, 0.1))
