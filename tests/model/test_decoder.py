@@ -13,7 +13,7 @@ def test_recurrence_is_the_papers():
     pooled = torch.randn(2, 6, dtype=torch.float64)
     relation = torch.tensor([1, 3 + 2])
     actual = decoder(pooled, relation, steps=4)
-    weight, table = decoder.transition.weight.tolist(), decoder.relation.weight.tolist()
+    weight, table = decoder.transition.tolist(), decoder.relation.weight.tolist()
     for row in range(2):
         h, r = pooled[row].tolist(), table[int(relation[row])]
         for step in range(4):
@@ -39,7 +39,7 @@ def test_state_does_not_vanish_over_eight_steps():
     states = decoder(torch.randn(64, 192), torch.zeros(64, dtype=torch.int64), 8)
     size = states.pow(2).mean((0, 2)).sqrt()
     assert size[-1] > 0.25 and (size[1:] < size[:-1]).all()  # tanh contracts, slowly
-    grad = torch.autograd.grad(states[:, -1].sum(), decoder.transition.weight)[0]
+    grad = torch.autograd.grad(states[:, -1].sum(), decoder.transition)[0]
     assert grad.abs().mean() > 1e-3
 
 
@@ -48,4 +48,4 @@ def test_no_rows():
     states = decoder(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64), 3)
     assert states.shape == (0, 3, 8)
     states.sum().backward()
-    assert not decoder.transition.weight.grad.any() and not decoder.relation.weight.grad.any()
+    assert not decoder.transition.grad.any() and not decoder.relation.weight.grad.any()

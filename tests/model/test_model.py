@@ -208,7 +208,7 @@ def test_step_output_against_loops(model_type):
         h = sum(states[row, c] for c in range(left, right)) / (right - left)
         found = []
         for token in tokens:
-            r, w = model.decoder.relation.weight[relation], model.decoder.transition.weight
+            r, w = model.decoder.relation.weight[relation], model.decoder.transition
             h = torch.tanh(1.0 * r * (w @ h))
             if token < 0:
                 continue

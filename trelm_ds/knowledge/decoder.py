@@ -27,9 +27,11 @@ class RelationalDecoder(nn.Module):
         super().__init__()
         self.scale = scale
         self.relation = nn.Embedding(2 * num_relations, hidden_size)
-        self.transition = nn.Linear(hidden_size, hidden_size, bias=False)
+        # W_d is this module's own parameter and not a Linear: ZeRO-3 gathers a submodule's weight
+        # at each call, and the number of steps differs between the ranks' micro-batches.
+        self.transition = nn.Parameter(torch.empty(hidden_size, hidden_size))
         nn.init.normal_(self.relation.weight, mean=1.0, std=RELATION_NOISE)
-        nn.init.orthogonal_(self.transition.weight)
+        nn.init.orthogonal_(self.transition)
 
     def forward(self, pooled: torch.Tensor, relation: torch.Tensor, steps: int) -> torch.Tensor:
         """Decodes ``steps`` states for each row.
@@ -44,6 +46,6 @@ class RelationalDecoder(nn.Module):
         factor = self.scale * self.relation(relation)
         states, state = [], pooled
         for _ in range(steps):
-            state = torch.tanh(factor * self.transition(state))
+            state = torch.tanh(factor * nn.functional.linear(state, self.transition))
             states.append(state)
         return torch.stack(states, dim=1)

@@ -41,8 +41,10 @@ class KnowledgeInjection(nn.Module):
     TransE says head + relation = tail, so both are estimates of the mention's own entity. P is a
     Linear and a LayerNorm whose gain starts at ``output_rms``, the RMS of the word embeddings. The
     vector takes the place of a word embedding before position and type embeddings are added and
-    normalised: at the usual gain of 1, which is 50 times BERT's initial embeddings, an injected
-    token would keep almost nothing of its position (measured: tests/model/test_injection.py).
+    normalised. At the usual gain of 1, 50 times BERT's initial embeddings, an injected token
+    loses its position: moving it changes its normalised embedding by 3%, against 83% for a word
+    or an injected vector at the words' scale (hidden 192; measured in
+    tests/model/test_injection.py).
 
     Args:
         input_size: of ``other`` and ``relation``: the TransE dimension, or the encoder's hidden
