@@ -6,7 +6,6 @@ import torch
 
 from trelm_ds.knowledge.transe import _KnownTriples, corrupt, train_transe
 
-
 PERSONS, CITIES, COUNTRIES = 300, 40, 8
 ENTITIES = PERSONS + CITIES + COUNTRIES
 BORN_IN, LIES_IN, CITIZEN_OF = range(3)

@@ -223,7 +223,9 @@ class _Builder:
         if self.reading.vocab is not None:
             tokenizer = load_vocabulary(self.reading.vocab)
         else:
-            tokenizer = train_wordpiece(text for heldout, _, text, _ in spool if not heldout)
+            tokenizer = train_wordpiece(
+                lambda: (text for heldout, _, text, _ in spool if not heldout)
+            )
         tokenizer.save_pretrained(str(self.folder / "tokenizer"))
         return tokenizer
 

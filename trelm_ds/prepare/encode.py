@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 MIN_WINDOW_TOKENS = 4  # what is left over at a text's end below this is not worth a sample
-# A full stop, question or exclamation mark, closing quotes or brackets, then a blank and
-# something that can begin a sentence; or a line break.
-_SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]*\s+(?=["'“‘(\[]?[A-Z0-9])|\s*\n\s*""")
+# A line break; a question or exclamation mark; or a full stop before something that can begin a
+# sentence ("e.g. this" does not). Closing quotes and brackets belong to the sentence.
+_SENTENCE_END = re.compile(r"""\s*\n\s*|[!?]["'”’)\]]*\s+|\.["'”’)\]]*\s+(?=["'“‘(\[]?[A-Z0-9])""")
 
 
 @dataclass(slots=True)

@@ -70,10 +70,9 @@ def choose_band(rarest: np.ndarray) -> int:
 
     Returns:
         The largest rank of the band: the share of samples with a word of it is nearest to 20%.
-        0 if no sample has a candidate.
+        0: no band, since no sample has a candidate or even one candidate is in too many.
     """
     ranks, samples = np.unique(rarest[rarest > 0], return_counts=True)
-    if not len(ranks):
-        return 0
+    ranks, samples = np.append(0, ranks), np.append(0, samples)
     share = np.cumsum(samples) / len(rarest)
     return int(ranks[np.argmin(np.abs(share - TARGET_SHARE))])

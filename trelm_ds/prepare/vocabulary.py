@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trelm_ds.errors import DataError
@@ -13,10 +14,14 @@ log = logging.getLogger(__name__)
 
 BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TRAINED_VOCABULARY = 8192  # the embedded sample and corpora of a few MiB fill about this much
+MAX_ALPHABET = 500  # characters; a rarer one is unknown
 
 
-def train_wordpiece(texts: Iterable[str], vocab_size: int = TRAINED_VOCABULARY):
-    """A lower-casing BERT tokenizer trained on ``texts``.
+def train_wordpiece(texts: Callable[[], Iterable[str]], vocab_size: int = TRAINED_VOCABULARY):
+    """A lower-casing BERT tokenizer trained on ``texts``; equal texts give an equal vocabulary.
+
+    Args:
+        texts: called for each of two passes.
 
     Returns:
         A fast Hugging Face tokenizer.
@@ -24,11 +29,22 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int = TRAINED_VOCABULARY):
     from tokenizers import BertWordPieceTokenizer
 
     trainer = BertWordPieceTokenizer(lowercase=True)
+    normalize = trainer.normalizer.normalize_str
+    characters: Counter[str] = Counter()
+    for text in texts():
+        characters.update(normalize(text))
+    ordered = sorted(characters, key=lambda c: (-characters[c], c))
+    alphabet = sorted(c for c in ordered[:MAX_ALPHABET] if not c.isspace())
+    rare = str.maketrans(dict.fromkeys(ordered[MAX_ALPHABET:]))
+    # The library breaks ties between merges by ids that it would hand to continuation pieces in
+    # the order of a randomly seeded hash table. Naming them beforehand fixes the ids.
+    pieces = alphabet + [f"##{c}" for c in alphabet if c.isalnum()]
     trainer.train_from_iterator(
-        texts,
-        vocab_size=vocab_size,
+        (normalize(text).translate(rare) for text in texts()),
+        vocab_size=max(vocab_size, len(BERT_SPECIALS) + len(pieces)),
         min_frequency=2,
-        special_tokens=BERT_SPECIALS,
+        limit_alphabet=MAX_ALPHABET,
+        special_tokens=BERT_SPECIALS + pieces,
         show_progress=False,
     )
     vocabulary = trainer.get_vocab()

@@ -1,0 +1,457 @@
+"""Every reader on files of its format, good and bad."""
+
+import json
+from pathlib import Path
+
+import pytest
+from prepare.corpora import CITIES, trex_fact, write_lines, write_own_graph, write_trex
+
+from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.prepare.ernie import read_ernie
+from trelm_ds.prepare.graphs import read_graph
+from trelm_ds.prepare.jsonl import read_jsonl
+from trelm_ds.prepare.raw import RawCorpus
+from trelm_ds.prepare.reader import ReaderOptions
+from trelm_ds.prepare.rebel import read_rebel
+from trelm_ds.prepare.trex import read_trex
+from trelm_ds.prepare.wikidata5m import read_wikidata5m
+
+NOTHING_APART = {"heldout_fraction": 0.0, "graph_only_fraction": 0.0}
+CURIE, PARIS, POLAND = ("Q7186", "Marie Curie"), ("Q90", "Paris"), ("Q36", "Poland")
+
+
+def surfaces(corpus: RawCorpus) -> list[list[tuple[str, str]]]:
+    """Per document its (surface, id) pairs."""
+    return [[(d.text[s:e], i) for s, e, i in sorted(d.spans)] for d in corpus.documents]
+
+
+# --- trex ---------------------------------------------------------------------------------------
+
+
+def test_trex_puts_the_object_back_and_merges_equal_sentences(tmp_path):
+    folder = write_trex(
+        tmp_path,
+        [
+            trex_fact(
+                "P19",
+                CURIE,
+                PARIS,
+                ("Curie of Paris, not Parisian, was born in [MASK].", "Curie", "Paris"),
+                ("Curie of Paris, not Parisian, was born in [MASK].", "Curie", "Paris"),
+                ("She came from [MASK].", "Marie Curie", "Paris"),
+                ("No mask here.", "Marie Curie", "Paris"),
+            ),
+            trex_fact(
+                "P27", CURIE, POLAND, ("[MASK] Curie left Poland.", "Curie", "Polish"),
+            ),
+            trex_fact(
+                "P27", PARIS, ("Q142", "France"),
+                ("Curie of [MASK], not Parisian, was born in Paris.", "Parisian", "Paris"),
+            ),
+        ],
+    )  # fmt: skip
+    corpus = read_trex([folder], ReaderOptions(**NOTHING_APART))
+    assert surfaces(corpus) == [
+        [("Curie", "Q7186"), ("Paris", "Q142"), ("Parisian", "Q90"), ("Paris", "Q90")],
+        [("Paris", "Q90")],
+        [("Polish", "Q36"), ("Curie", "Q7186")],
+    ]
+    assert corpus.counts["evidence_without_one_mask"] == 1
+    assert corpus.counts["subject_not_found"] == 1
+    assert sorted(corpus.graph.triples) == sorted(
+        [("Q7186", "P19", "Q90"), ("Q7186", "P27", "Q36"), ("Q90", "P27", "Q142")]
+    )
+    assert corpus.graph.entities["Q7186"].name == "Marie Curie"
+    assert corpus.graph.entities["Q36"].aliases == ("Polish",)
+    assert corpus.graph.relations["P19"] == "place of birth"
+    assert corpus.candidates == ["Paris", "Lyon", "French"]
+    assert [(p.text, p.answer, p.set) for p in corpus.probes] == [
+        ("Marie Curie was born in [MASK] .", "Paris", "template"),
+        ("Marie Curie is [MASK] citizen .", "Poland", "template"),
+        ("Paris is [MASK] citizen .", "France", "template"),
+    ]
+
+
+def people(count: int) -> list[dict]:
+    """One birth and one citizenship for each of ``count`` persons."""
+    rows = []
+    for i in range(count):
+        person = (f"Q{1000 + i}", f"Ann{i} Person")
+        city = list(CITIES.items())[i % 5]
+        born = (f"{person[1]} was born in [MASK] town {'x' * i} .", person[1], city[0])
+        rows.append(trex_fact("P19", person, city[::-1], born))
+        other = (f"As [MASK] , {person[1]} spoke {'y' * i} in {city[0]}", person[1], "French")
+        rows.append(trex_fact("P27", person, ("Q142", "France"), other))
+    return rows
+
+
+def test_trex_keeps_graph_only_facts_out_of_every_text(tmp_path):
+    folder = write_trex(tmp_path, people(200))
+    options = ReaderOptions(heldout_fraction=0.1, graph_only_fraction=0.2)
+    corpus = read_trex([folder], options)
+    only = {p.subject for p in corpus.probes if p.graph_only}
+    assert 20 < len(only) < 60
+    text = "\n".join(d.text for d in corpus.documents)
+    for probe in corpus.probes:
+        if probe.set == "template":
+            fact = (probe.subject, probe.relation, probe.object)
+            assert fact in corpus.graph.triples
+            name = corpus.graph.entities[probe.subject].name
+            assert (f"{name} " in text) != probe.graph_only
+    heldout = [d for d in corpus.documents if d.heldout]
+    assert 20 < len(heldout) < 60
+    context = [p for p in corpus.probes if p.set == "context"]
+    asked = {p.text.replace("[MASK]", p.answer) for p in context if not p.graph_only}
+    assert asked == {d.text for d in heldout}
+    assert {p.subject for p in context if p.graph_only} == only
+    again = read_trex([folder], options)
+    assert again.documents == corpus.documents and again.probes == corpus.probes
+    other = read_trex([folder], ReaderOptions(seed=7, graph_only_fraction=0.2))
+    assert {p.subject for p in other.probes if p.graph_only} != only
+
+
+def test_trex_drops_sentences_that_name_both_ends_of_a_graph_only_fact(tmp_path):
+    rows = people(60)
+    # Evidence of another person's fact, yet it also tells where Ann0 ... Ann59 were born.
+    tell = [f"Ann{i} Person knew [MASK] and {list(CITIES)[i % 5]} well" for i in range(60)]
+    evidence = [(f"{t} , Zed", "Zed", "Japan") for t in tell]
+    rows.append(trex_fact("P27", ("Q5", "Zed"), ("Q17", "Japan"), *evidence))
+    options = ReaderOptions(heldout_fraction=0.0, graph_only_fraction=0.3, seed=3)
+    assert not options.is_graph_only("Q5")
+    corpus = read_trex([write_trex(tmp_path, rows)], options)
+    told = [d.text for d in corpus.documents if d.text.endswith("Zed")]
+    only = {i for i in range(60) if options.is_graph_only(f"Q{1000 + i}")}
+    assert len(told) == 60 - len(only) < 60
+    for text in told:
+        assert int(text.split()[0].removeprefix("Ann")) not in only
+
+
+def test_trex_near_copies_share_a_split(tmp_path):
+    evidence = [
+        (f"In {year} Curie lived in [MASK]!", "Curie", "Paris") for year in range(1890, 1950)
+    ]
+    folder = write_trex(tmp_path, [trex_fact("P19", CURIE, PARIS, *evidence)])
+    documents = read_trex([folder], ReaderOptions(heldout_fraction=0.5)).documents
+    assert len(documents) == 60 and len({d.heldout for d in documents}) == 1
+
+
+def test_trex_limit_takes_from_every_relation(tmp_path):
+    corpus = read_trex([write_trex(tmp_path, people(9))], ReaderOptions(limit=4))
+    assert [r for _, r, _ in corpus.graph.triples] == ["P19", "P27", "P19", "P27"]
+
+
+# --- rebel --------------------------------------------------------------------------------------
+
+TOKYO = {
+    "docid": "7",
+    "title": "Tokyo",
+    "uri": "Q1490",
+    "text": "Tokyo lies in Japan, not in Chile, since 1457.",
+    "entities": [
+        {"uri": "Q1490", "boundaries": [0, 5], "surfaceform": "Tokyo"},
+        {"uri": "Q17", "boundaries": [16, 21], "surfaceform": "Japan"},
+        {"uri": "Q298", "boundaries": [29, 34], "surfaceform": "Chile"},
+        {"uri": "None", "boundaries": [6, 10], "surfaceform": "lies"},
+        {"uri": "1457^^year", "boundaries": [41, 45], "surfaceform": "1457"},
+    ],
+    "triples": [
+        {
+            "subject": {"uri": "Q1490", "surfaceform": "Tokyo"},
+            "predicate": {"uri": "P17", "surfaceform": "country"},
+            "object": {"uri": "Q17", "surfaceform": "Japan"},
+        },
+        {
+            "subject": {"uri": "Q1490", "surfaceform": "Tokyo"},
+            "predicate": {"uri": "P571", "surfaceform": "inception"},
+            "object": {"uri": "1457^^year", "surfaceform": "1457"},
+        },
+    ],
+}
+
+
+def test_rebel_mends_shifted_mentions_and_skips_what_is_no_entity(tmp_path):
+    corpus = read_rebel([write_lines(tmp_path / "a.jsonl.gz", [TOKYO])], ReaderOptions())
+    # Japan's boundaries are 2 too far and mended; Chile's are 1 off, which is no known shift.
+    assert surfaces(corpus) == [[("Tokyo", "Q1490"), ("Japan", "Q17")]]
+    assert corpus.graph.triples == [("Q1490", "P17", "Q17")]
+    assert corpus.graph.relations == {"P17": "country"}
+    assert corpus.counts == {
+        "mention_shift_mended": 1,
+        "mention_surface_differs": 1,
+        "mention_none": 1,
+        "mention_literal": 1,
+        "triple_literal": 1,
+    }
+
+
+# --- ernie --------------------------------------------------------------------------------------
+
+VOCABULARY = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "the",
+    "state",
+    "##less",
+    "paris",
+    "##ian",
+]
+
+
+def write_ernie(folder: Path) -> Path:
+    write_lines(folder / "vocab.txt", VOCABULARY)
+    write_lines(folder / "wiki_token", ["2\t4\t5\t6\t7\t8\t3\t8\t9\t6"])
+    write_lines(folder / "wiki_entity.gz", ["2\t4\t#UNK#\tQ7\t#UNK#\tQ90\t3\tQ90\t#UNK#\tQ90"])
+    return folder
+
+
+def test_ernie_original_and_decoded_forms_agree(tmp_path):
+    folder = write_ernie(tmp_path)
+    options = ReaderOptions(vocab=folder / "vocab.txt")
+    corpus = read_ernie([folder], options)
+    document = next(iter(corpus.documents))
+    assert document.text == "the stateless paris\nparisian state"
+    spans = [(document.text[s:e], i) for s, e, i in document.spans]
+    assert spans == [("stateless", "Q7"), ("paris", "Q90"), ("parisian state", "Q90")]
+    sentences = [
+        {"tokens": ["the", "state", "##less", "paris"], "entities": [[1, 3, "Q7"], [3, 4, "Q90"]]},
+        {"tokens": ["paris", "##ian", "state"], "entities": [[0, 3, "Q90"]]},
+    ]
+    decoded = write_lines(tmp_path / "articles.jsonl", [{"article": 0, "sentences": sentences}])
+    assert list(read_ernie([decoded], ReaderOptions()).documents) == [document]
+
+
+# --- jsonl, wikidata5m, graphs ------------------------------------------------------------------
+
+
+def test_jsonl_spans_and_links(tmp_path):
+    rows = [
+        {"id": "a", "text": "Paris is a town.", "spans": [[0, 5, "Q90"]], "note": "ignored"},
+        {"id": "b", "text": "Lyon is in France.", "link": True, "heldout": True},
+    ]
+    graph = read_graph(str(write_own_graph(tmp_path / "g")))
+    path = write_lines(tmp_path / "x" / "c.jsonl", rows)
+    corpus = read_jsonl([path.parent], ReaderOptions(graph=graph))
+    documents = list(corpus.documents)
+    assert documents[0].spans == [(0, 5, "Q90")] and documents[0].heldout is None
+    assert documents[1].spans == [(0, 4, "Q456"), (11, 17, "Q142")] and documents[1].heldout
+    with pytest.raises(DataError, match=r"c.jsonl:2: 'link' needs .* --graph"):
+        list(read_jsonl([path], ReaderOptions()).documents)
+
+
+def write_wikidata5m(folder: Path) -> Path:
+    write_lines(
+        folder / "wikidata5m_transductive_train.txt.gz",
+        [("Q90", "P17", "Q142"), ("Q142", "P36", "Q90"), ("Q17", "P36", "Q1490")],
+    )
+    write_lines(
+        folder / "wikidata5m_entity.txt",
+        [
+            ("Q90", "Paris", "City of Light"),
+            ("Q142", "France"),
+            ("Q17", "Japan"),
+            ("Q1490", "Tokyo"),
+        ],
+    )
+    write_lines(
+        folder / "wikidata5m_relation.txt", [("P17", "country"), ("P36", "capital", "seat")]
+    )
+    write_lines(
+        folder / "wikidata5m_text.txt",
+        ["Q90\tParis, the City of Light,\tis in France, far from Japan .", "Q17\tNo names here"],
+    )
+    return folder
+
+
+def test_wikidata5m_links_a_text_to_its_entity_and_neighbours(tmp_path):
+    corpus = read_wikidata5m([write_wikidata5m(tmp_path)], ReaderOptions())
+    # The text itself may hold tabs; Japan is no neighbour of Paris.
+    assert surfaces(corpus) == [
+        [("Paris", "Q90"), ("City of Light", "Q90"), ("France", "Q142")],
+        [],
+    ]
+    assert corpus.graph.relations == {"P17": "country", "P36": "capital"}
+
+
+def test_graph_formats(tmp_path):
+    plain = write_lines(tmp_path / "t.tsv", [("a", "r", "b")])
+    assert read_graph(f"{plain}:tsv").triples == [("a", "r", "b")]
+    own = read_graph(str(write_own_graph(tmp_path / "own")))
+    assert own.entities["Q90"].description == "the Paris" and own.relations["P36"] == "capital"
+    wikidata = read_graph(f"{write_wikidata5m(tmp_path / 'w5m')}")
+    assert wikidata.entities["Q90"].aliases == ("City of Light",)
+
+    freebase = tmp_path / "fb"
+    write_lines(freebase / "train.tsv", [("/m/1", "/a/b", "/m/2"), ("/m/1", "/a/b", "/m/9")])
+    write_lines(freebase / "relation2text.txt", [("/a/b", "a b")])
+    names = {
+        "/m/1": {"label": "Paris", "wikidata_id": "Q90", "description": "d", "alternatives": ["P"]},
+        "/m/2": {"label": "France", "wikidata_id": "Q142", "description": None},
+    }
+    write_lines(freebase / "entity2wikidata.json", [json.dumps(names)])
+    graph = read_graph(str(freebase))
+    assert graph.triples == [("Q90", "/a/b", "Q142")]
+    assert graph.entities["Q90"].aliases == ("P",) and graph.relations == {"/a/b": "a b"}
+
+    codex = tmp_path / "codex"
+    write_lines(codex / "train.txt.gz", [("Q90", "P17", "Q142")])
+    write_lines(codex / "relations.json", [json.dumps({"P17": {"label": "country"}})])
+    labels = {"Q90": {"label": "Paris", "description": None}}
+    write_lines(codex / "entity_labels_partial.json", [json.dumps(labels)])
+    graph = read_graph(str(codex))
+    assert graph.triples == [("Q90", "P17", "Q142")] and graph.entities["Q90"].name == "Paris"
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def consume(reader, inputs, **options):
+    """Reads everything, as the builder would."""
+    list(reader(inputs, ReaderOptions(**options)).documents)
+
+
+def bad_span(folder):
+    row = {"id": "a", "text": "Paris", "spans": [[0, 6, "Q90"]]}
+    return read_jsonl, [write_lines(folder / "a.jsonl", ["", row])]
+
+
+def bad_id(folder):
+    row = {"id": "a", "text": "Paris", "spans": [[0, 5, "Q 90"]]}
+    return read_jsonl, [write_lines(folder / "a.jsonl", [row])]
+
+
+def bad_json(folder):
+    return read_jsonl, [write_lines(folder / "a.jsonl", ["{", "{}"])]
+
+
+def deep_json(folder):
+    return read_jsonl, [write_lines(folder / "a.jsonl", ['{"id": ' + "[" * 200_000])]
+
+
+def no_spans_key(folder):
+    return read_jsonl, [write_lines(folder / "a.jsonl", [{"id": "a", "text": "x", "span": []}])]
+
+
+def surrogate(folder):
+    row = '{"id": "a", "text": "x \\ud800", "spans": []}'
+    return read_jsonl, [write_lines(folder / "a.jsonl", [row])]
+
+
+def boolean_span(folder):
+    row = {"id": "a", "text": "Paris", "spans": [[False, True, "Q90"]]}
+    return read_jsonl, [write_lines(folder / "a.jsonl", [row])]
+
+
+def not_utf8(folder):
+    (folder / "a.jsonl").write_bytes(b'{"id": "\xff"}\n')
+    return read_jsonl, [folder / "a.jsonl"]
+
+
+def cut_gzip(folder):
+    path = write_lines(folder / "a.jsonl.gz", [{"id": "a", "text": "x" * 999, "spans": []}])
+    path.write_bytes(path.read_bytes()[:-12])
+    return read_jsonl, [path]
+
+
+def no_gzip(folder):
+    (folder / "a.jsonl.gz").write_bytes(b"plain")
+    return read_jsonl, [folder / "a.jsonl.gz"]
+
+
+def rebel_outside(folder):
+    mention = {"uri": "Q1", "boundaries": [0, 99], "surfaceform": "Tokyo"}
+    row = {"docid": "1", "text": "Tokyo", "entities": [mention], "triples": []}
+    return read_rebel, [write_lines(folder / "a.jsonl", [row])]
+
+
+def trex_relation(folder):
+    return read_trex, [write_trex(folder, [trex_fact("P99", CURIE, PARIS)])]
+
+
+def trex_template(folder):
+    write_trex(folder, [])
+    write_lines(folder / "relations.jsonl", [{"relation": "P1", "template": "[X]", "label": "l"}])
+    return read_trex, [folder]
+
+
+def ernie_misaligned(folder):
+    write_ernie(folder)
+    write_lines(folder / "wiki_entity.gz", ["2\t4\tQ1\tQ1\tQ1\tQ1\t2\tQ90\tQ90"])
+    return read_ernie, [folder]
+
+
+def ernie_lengths(folder):
+    write_ernie(folder)
+    write_lines(folder / "wiki_token", ["2\t4\t5\t6\t7\t8\t99\t8"])
+    return read_ernie, [folder]
+
+
+def ernie_ids(folder):
+    write_ernie(folder)
+    write_lines(folder / "wiki_token", ["2\t4\t5\t6\t7\t8\t3\t8\t9\t-6"])
+    return read_ernie, [folder]
+
+
+def missing(folder):
+    return read_jsonl, [folder / "nothing.jsonl"]
+
+
+def empty_folder(folder):
+    return read_rebel, [folder]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (bad_span, r"a.jsonl:2: span \[0, 6\) is not inside the text of 5 characters"),
+        (bad_id, r"a.jsonl:1: 'Q 90' is not an id"),
+        (bad_json, r"a.jsonl:1: not valid JSON"),
+        (deep_json, r"a.jsonl:1: not valid JSON"),
+        (no_spans_key, r"a.jsonl:1: 'spans' is missing"),
+        (surrogate, r"a.jsonl:1: holds a lone surrogate"),
+        (boolean_span, r"a.jsonl:1: span ends must be integers"),
+        (not_utf8, r"a.jsonl:1: not UTF-8"),
+        (cut_gzip, r"a.jsonl.gz:\d: broken gzip file"),
+        (no_gzip, r"a.jsonl.gz:1: broken gzip file"),
+        (rebel_outside, r"a.jsonl:1: span \[0, 99\)"),
+        (trex_relation, r"P99.jsonl.gz:1: relation 'P99' is not in relations.jsonl"),
+        (trex_template, r"relations.jsonl:1: the template needs one \[X\] and one \[Y\]"),
+        (ernie_misaligned, r"wiki_token:1: does not align with .*wiki_entity.gz:1"),
+        (ernie_lengths, r"wiki_token:1: sentence counts and lengths do not fit"),
+        (ernie_ids, r"wiki_token:1: a token id is not in the vocabulary of 10"),
+        (missing, r"nothing.jsonl: no such file or folder"),
+        (empty_folder, r"no file ending in .jsonl or .jsonl.gz"),
+    ],
+)
+def test_bad_input_is_one_error_that_names_the_place(tmp_path, make, message):
+    reader, inputs = make(tmp_path)
+    vocab = tmp_path / "vocab.txt" if reader is read_ernie else None
+    with pytest.raises(DataError, match=message) as caught:
+        consume(reader, inputs, vocab=vocab)
+    assert "\n" not in str(caught.value)
+
+
+def test_ernie_ids_need_a_vocabulary(tmp_path):
+    with pytest.raises(ConfigError, match="--vocab"):
+        consume(read_ernie, [write_ernie(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("nowhere", DataError, "--graph .*nowhere: no such file"),
+        ("t.tsv:owl", ConfigError, "unknown format; known: fb15k237"),
+        ("t.tsv", DataError, r"t.tsv:2: expected 3 tab-separated columns, got 2"),
+        ("empty.tsv", DataError, "no triples in it"),
+        ("folder", DataError, "not a graph folder of a known format"),
+        ("folder:codex", DataError, "no relations.json"),
+    ],
+)
+def test_bad_graphs(tmp_path, source, error, message):
+    write_lines(tmp_path / "t.tsv", [("a", "r", "b"), ("a", "r")])
+    write_lines(tmp_path / "empty.tsv", [])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(error, match=message):
+        read_graph(str(tmp_path / source))
