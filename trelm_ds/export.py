@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, BertConfig, RobertaConfig
 
 from trelm_ds.errors import CheckpointError, ConfigError
+from trelm_ds.model import no_progress_bar
 from trelm_ds.routing.ffn import to_hf_state_dict
 
 BACKBONE = "backbone."
@@ -93,7 +94,8 @@ def export_model(
     temporary = output_dir.with_name(f".tmp-{output_dir.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        backbone.save_pretrained(temporary, safe_serialization=True)
+        with no_progress_bar():
+            backbone.save_pretrained(temporary, safe_serialization=True)
         for file in sorted((checkpoint / "tokenizer").iterdir()):
             if file.is_file():
                 shutil.copyfile(file, temporary / file.name)

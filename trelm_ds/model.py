@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import (
     BertConfig,
     RobertaConfig,
 )
+from transformers.utils import logging as hf_logging
 
 from trelm_ds.config import Config
 from trelm_ds.data.collate import Batch
@@ -111,18 +113,31 @@ def load_pretrained(folder: str | Path, attn_implementation: str = "sdpa") -> nn
     """
     hf_config = read_backbone_config(folder)
     try:
-        backbone, report = AutoModelForMaskedLM.from_pretrained(
-            str(folder),
-            config=hf_config,
-            local_files_only=True,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-        )
+        with no_progress_bar():
+            backbone, report = AutoModelForMaskedLM.from_pretrained(
+                str(folder),
+                config=hf_config,
+                local_files_only=True,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+            )
     except Exception as error:  # safetensors, pickle, shapes: each library has its own errors
         raise ConfigError(f"model {folder}: {_one_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
         logger.warning("model %s has no %s: newly initialised", folder, ", ".join(missing))
     return backbone.float()
+
+
+@contextlib.contextmanager
+def no_progress_bar():
+    """Keeps transformers' bars out of a run's output while a model is read or written."""
+    enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            hf_logging.enable_progress_bar()
 
 
 def load_backbone(config: Config, vocab_size: int, pad_token_id: int) -> nn.Module:
@@ -562,12 +577,13 @@ class TrelmModel(MaskedLanguageModel):
 
         @torch.no_grad()
         def rows(keys: torch.Tensor) -> torch.Tensor:
-            width = tables.entity_names.shape[1]
-            token_ids = np.full((len(keys), width), -1, dtype=np.int64)
-            for row, key in zip(token_ids, keys.tolist(), strict=True):
-                word = key - tables.num_entities
-                name = tables.entity_names[key] if word < 0 else word_ids[word]
-                row[: len(name)] = name[:width]
+            keys = keys.numpy()
+            word = keys - tables.num_entities
+            token_ids = np.full((len(keys), tables.entity_names.shape[1]), -1, dtype=np.int64)
+            token_ids[word < 0] = tables.entity_names[keys[word < 0]]
+            for i in np.flatnonzero(word >= 0):
+                name = word_ids[word[i]][: token_ids.shape[1]]
+                token_ids[i, : len(name)] = name
             ids = torch.from_numpy(token_ids).to(self.word_embeddings.weight.device)
             return masked_mean(self.word_embeddings(ids.clamp(min=0)).float(), ids >= 0)
 
