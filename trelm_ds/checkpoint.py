@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trelm_ds.distributed import World, barrier, gather_objects
@@ -133,7 +134,7 @@ class Checkpointer:
             state: the run's position.
             engine: the DeepSpeed engine.
             bank: memory bank or None.
-            routing_state: ``RoutingController.state_dict()``: tensors, equal on all ranks.
+            routing_state: ``RoutingController.state_dict()``, equal on all ranks.
             extras: files for rank 0 to write, ``{relative name: text}`` or a folder to copy.
         Returns:
             The published folder.
@@ -143,19 +144,19 @@ class Checkpointer:
         name = checkpoint_name(state.step)
         final, temporary = self.folder / name, self.folder / f"{TEMPORARY}{name}"
         if self._world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "bank").mkdir(parents=True)
         barrier(self._group)
         problem = None
         try:
             engine.save_checkpoint(str(self.folder), tag=temporary.name, save_latest=False)
             if bank is not None:
-                bank.save(temporary / "bank")
+                bank.save_shards(temporary / "bank")
             rng = temporary / f"rng_{self._world.rank:05d}.safetensors"
             save_file(_rng_state(self._device), str(rng))
             if self._world.is_main:
                 self._write_main(temporary, state, engine, routing_state, extras)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             problem = f"{type(error).__name__}: {error}"
         if problem := _agree(problem, self._group):
             if self._world.is_main:
@@ -168,11 +169,7 @@ class Checkpointer:
         return final
 
     def _write_main(self, folder, state, engine, routing_state, extras) -> None:
-        if routing_state:
-            save_file(
-                {k: v.contiguous() for k, v in routing_state.items()},
-                folder / "routing.safetensors",
-            )
+        save_file(routing_state, str(folder / "routing.safetensors"))
         document = {
             "format": FORMAT,
             "identity": self._identity,
@@ -275,10 +272,8 @@ class Checkpointer:
         if path is None:  # DeepSpeed only warns and would train from scratch
             raise CheckpointError(f"{folder}: DeepSpeed could not load it")
         if bank is not None:
-            bank.load(folder / "bank")
-        routing_file = folder / "routing.safetensors"
-        if routing_file.exists():
-            routing.load_state_dict(load_file(routing_file))
+            bank.load_shards(folder / "bank")
+        routing.load_state_dict(load_file(folder / "routing.safetensors"))
         rng = load_file(folder / f"rng_{self._world.rank:05d}.safetensors")
         torch.set_rng_state(rng["cpu"])
         if self._device.type == "cuda" and "cuda" in rng:

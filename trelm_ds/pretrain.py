@@ -157,10 +157,10 @@ def run(argv: list[str], stop) -> int:
     output = Path(config.train.output_dir)
     setup_logging(world, output)
     engines.add_tracker(ds_config, config.train.report_to, output)
-    from trelm_ds.ops.build import ensure_built
+    from trelm_ds.ops import load_kernels
     from trelm_ds.trainer import Trainer
 
-    ensure_built()
+    load_kernels()
     trainer = Trainer(config, ds_config, world, device, stop)
     trainer.resume()
     if world.is_main:

@@ -22,7 +22,7 @@ from trelm_ds.config import Config
 from trelm_ds.data.loader import StepLoader, heldout_batches
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.distributed import World, barrier, cpu_group, gather_objects, gather_vector
-from trelm_ds.errors import CheckpointError, ConfigError, DataError
+from trelm_ds.errors import DataError
 from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
 from trelm_ds.export import export_model
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
@@ -118,6 +118,7 @@ class Trainer:
             world_size=world.size,
             graph=self.graph,
             tables=self.tables,
+            verify=world.local_rank == 0,  # once per machine
         )
         self.bank = self._build_bank()
         self.routing = RoutingController(
@@ -138,9 +139,13 @@ class Trainer:
         self.optimizer = optimizer
         self.model.to(device)
         self.engine = engines.build_engine(self.model, optimizer, ds_config)
-        if config.routing.form not in ("none", "frozen"):
-            fragments = routed_fragments(self.engine, self.model.routed_parameters())
-            optimizer.bind(fragments, self.routing)
+        routed = config.routing.form not in ("none", "frozen")
+        named = [(p, layer, kind) for layer, kind, p in self.model.routed_parameters()]
+        optimizer.bind(
+            routed_fragments(self.engine, [n for n in named if n[0].requires_grad]) if routed else (),
+            self.routing,
+            element_counts=config.routing.paths == "full",
+        )
         # Dropout differs between ranks; the state travels with the checkpoint.
         torch.manual_seed(config.train.seed + 1_000_003 * (world.rank + 1))
         self.checkpoints = Checkpointer(
@@ -326,9 +331,7 @@ class Trainer:
             watch.start("bank")
             rows = self.bank.lookup(batch.mention_keys) if plan.memory_weight > 0 else None
             watch.stop("bank")
-            watch.start("attribution")
             self.routing.before_micro_batch(self.model, batch, rows, plan.memory_weight)
-            watch.stop("attribution")
             watch.start("forward")
             output = self.engine(batch, rows, plan.memory_weight, plan.normalizers)
             watch.stop("forward")
@@ -386,7 +389,7 @@ class Trainer:
         values["train/skipped_steps"] = self.state.step - self.state.applied_steps
         values["data/quarantined_total"] = 0  # a damaged sample ends the run, see docs
         if self.bank is not None:
-            values["bank/entities"] = self.bank.visited
+            values["bank/entities"] = self.bank.visited()  # collective
             values["bank/lambda"] = plan.memory_weight
         values.update(self.routing.metrics())
         steps_left = self.config.train.max_steps - self.state.step
@@ -511,7 +514,7 @@ class Interval:
             "data/wait_fraction": times.get("data", 0.0) / seconds,
             "memory/peak_gib": peak_memory_gib(self._device),
         }
-        for phase in ("forward", "backward", "attribution", "bank", "optimizer"):
+        for phase in ("forward", "backward", "bank", "optimizer"):
             values[f"time/{phase}_s"] = times.get(phase, 0.0) / steps
         return values
 
@@ -525,27 +528,21 @@ def ensure_importance(model, config: Config, data_dir: Path, manifest: dict, wor
     Raises:
         DataError: the corpus is too large to be scored on the way; names the command that does.
     """
-    needed = config.injection.selection in ("importance", "klt") and (
-        config.injection.form != "none" or config.memory.enabled or config.decoding.enabled
-    )
+    # Every selection needs the scores: they rank the mentions under the cap.
+    needed = config.injection.form != "none" or config.memory.enabled or config.decoding.enabled
     path = data_dir / "tables" / "importance.npy"
-    problem = None
-    if world.is_main and needed and not path.exists():
-        spans = manifest["splits"]["train"]["spans"]
-        if spans > IMPORTANCE_AUTO_LIMIT:
-            problem = (
-                f"{path} is missing: score the {spans} mentions first, "
-                f"python launch/prepare.py score --output {data_dir} --model MODEL_DIR"
-            )
-        else:
-            from trelm_ds.knowledge.importance import score_importance
+    if not needed or gather_objects(path.exists(), group)[0]:
+        return
+    spans = manifest["splits"]["train"]["spans"]
+    if spans > IMPORTANCE_AUTO_LIMIT:
+        raise DataError(
+            f"{path} is missing: score the {spans} mentions first, "
+            f"python launch/prepare.py score --output {data_dir} --model MODEL_DIR"
+        )
+    from trelm_ds.knowledge.importance import score_importance
 
-            logger.info("scoring %d mentions with the initial model (Eq. 1), once", spans)
-            score_importance(model, data_dir)
-    problem = gather_objects(problem, group)[0]
-    if problem:
-        raise DataError(problem)
-    barrier(group)
+    logger.info("scoring %d mentions with the initial model (Eq. 1), once", spans)
+    score_importance(model, data_dir, rank=world.rank, world_size=world.size, group=group)
 
 
 def describe_run(config: Config, ds_config: dict, world_size: int, model, num_keys: int) -> str:
@@ -595,12 +592,3 @@ def estimate_memory(
         "memory bank": 8 * num_keys * hf.hidden_size / world_size if config.memory.enabled else 0,
     }
 
-
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "Trainer",
-    "TrainingError",
-    "describe_run",
-    "estimate_memory",
-]
