@@ -270,6 +270,17 @@ def test_state_dict_round_trip_continues_to_the_bit(element_counts):
             assert torch.equal(found, wanted)
 
 
+def test_a_step_tensor_shared_by_several_states_counts_once():
+    """What DeepSpeed leaves behind when it loads a universal checkpoint under ZeRO 3."""
+    ffn, other, optimizer = _bound(FixedPaths())
+    shared = torch.tensor(4.0)
+    for state in optimizer.state.values():
+        state["step"] = shared
+    _set_gradients(0, [*ffn.values(), other])
+    optimizer.step()
+    assert [float(state["step"]) for state in optimizer.state.values()] == [5.0] * 5
+
+
 def test_non_contiguous_gradients_and_closures():
     paths = FixedPaths()
     ffn, other, optimizer = _bound(paths)

@@ -106,7 +106,8 @@ class PathAdamW(torch.optim.Optimizer):
         """
         if fragments and paths is None:
             raise ValueError("bind: fragments need paths")
-        load_kernels()
+        if any(fragment.tensor.device.type == "cpu" for fragment in fragments):
+            load_kernels()  # not in the first step
         self._paths = paths
         self._element_counts = element_counts
         self._started = True
@@ -160,6 +161,9 @@ class PathAdamW(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 state = self._state(p)
+                # A new tensor for each: DeepSpeed's universal checkpoints restore one `step` into
+                # several tensors' states, and the fused kernel counts it up in place.
+                state["step"] = state["step"].clone()
                 pieces = self._routed.get(p)
                 if pieces is None:
                     plain.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))

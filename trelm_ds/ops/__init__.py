@@ -22,8 +22,9 @@ __all__ = [
 ]
 
 
-def _prepare() -> None:
-    if not torch.compiler.is_compiling():  # a trace must not run a compiler
+def _prepare(tensor: Tensor) -> None:
+    # CUDA tensors do without the kernels; a trace must not run a compiler.
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         load_kernels()
 
 
@@ -53,7 +54,7 @@ def neuron_scores(
     Raises:
         IndexError: a position outside [0, N).
     """
-    _prepare()
+    _prepare(activation)
     return torch.ops.trelm.neuron_scores(
         activation.detach(), grad_activation.detach(), positions, weights.detach(), absolute
     )
@@ -74,7 +75,7 @@ def select_paths(
     Returns:
         int64 [<= k], ascending. On a GPU its length makes the host wait for the device.
     """
-    _prepare()
+    _prepare(scores)
     return torch.ops.trelm.select_paths(scores.detach(), k, positive_only, threshold)
 
 
@@ -96,7 +97,7 @@ def path_weight_grad(grad_out: Tensor, inputs: Tensor, rows: Tensor) -> Tensor:
     Raises:
         IndexError: a row outside [0, f) or out of order.
     """
-    _prepare()
+    _prepare(grad_out)
     return torch.ops.trelm.path_weight_grad(grad_out, inputs, rows)
 
 
@@ -136,7 +137,7 @@ def masked_adamw_(
         update_count: float32 [n], updates of each element so far; counted up where active.
         lr, beta1, beta2, eps, weight_decay: AdamW's, decay decoupled.
     """
-    _prepare()
+    _prepare(param)
     torch.ops.trelm.masked_adamw_(
         *(param, grad, exp_avg, exp_avg_sq, fragment_start, row_length, row_counts),
         *(columns, update_count, lr, beta1, beta2, eps, weight_decay),
