@@ -92,6 +92,24 @@ def test_score_step_writes_the_importance_of_entity_spans(prepared, capsys):
     np.testing.assert_array_equal(KnowledgeTables.load(prepared).importance, first)
 
 
+def test_score_step_takes_a_local_model_of_the_same_vocabulary(prepared, tmp_path, capsys):
+    from transformers import BertConfig, BertForMaskedLM
+
+    from trelm_ds.data.shards import load_manifest
+
+    size = load_manifest(prepared)["tokenizer"]["vocab_size"]
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for words, expected in ((size, 0), (size + 1, 2)):
+        BertForMaskedLM(
+            BertConfig(vocab_size=words, intermediate_size=16, **shape)
+        ).save_pretrained(tmp_path / "model")
+        argv = ["score", "--output", prepared, "--model", tmp_path / "model"]
+        code, out, err = run(cli.main, argv, capsys)
+        assert code == expected, err
+    assert f"{size + 1} tokens" in err and err.startswith("error: ")
+    assert run(cli.main, [*argv[:3], "--model", tmp_path / "none"], capsys)[0] == 2
+
+
 def test_help_names_every_kind_and_step(capsys):
     with pytest.raises(SystemExit) as stop:
         prepare(["--help"])

@@ -49,12 +49,11 @@ def corrupt(
     Returns:
         int64 [n, 3], drawn again where the result is a known triple.
     """
-    device = triples.device
-    side = torch.randint(0, 2, (len(triples),), generator=generator, device=device) * 2
+    side = torch.randint(0, 2, (len(triples),), generator=generator) * 2
     negatives = triples.clone()
-    rows = torch.arange(len(triples), device=device)
+    rows = torch.arange(len(triples))
     for _ in range(_FILTER_ROUNDS):
-        drawn = torch.randint(0, num_entities, (len(rows),), generator=generator, device=device)
+        drawn = torch.randint(0, num_entities, (len(rows),), generator=generator)
         negatives[rows, side[rows]] = drawn
         rows = rows[known.contains(negatives[rows])]
         if not len(rows):
@@ -73,13 +72,12 @@ def train_transe(
     learning_rate: float = 0.01,
     batch_size: int = 4096,
     seed: int = 42,
-    device: str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Entity and relation vectors with e_head + r close to e_tail.
 
     Minimises max(0, margin + d(true) - d(false)) with d the L1 distance, entities on the unit
     sphere, one filtered uniform negative per triple and epoch, and Adam on the rows a batch
-    touches. Equal arguments give equal vectors on one kind of device.
+    touches. Equal arguments give equal vectors.
 
     Args:
         triples: int [T, 3] rows (head, relation, tail).
@@ -87,33 +85,33 @@ def train_transe(
         num_relations: R.
         dim: length of a vector.
         epochs: passes over the triples.
-        batch_size: triples of an update; small graphs use smaller ones, at least 32 a pass.
+        batch_size: triples of an update; small graphs use smaller ones, at least 16 a pass.
 
     Returns:
         float32 [N+1, dim] and [R+1, dim]: row 0 is zeros (no entity), entity e is row e+1.
         Entities without a triple keep their random direction.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     bound = 6 / dim**0.5
 
     def table(rows: int) -> nn.Embedding:
-        weights = torch.empty(rows, dim, device=device).uniform_(-bound, bound, generator=generator)
+        weights = torch.empty(rows, dim).uniform_(-bound, bound, generator=generator)
         normalized = nn.functional.normalize(weights, dim=1)
         return nn.Embedding.from_pretrained(normalized, freeze=False, sparse=True)
 
     entities, relations = table(num_entities), table(num_relations)
     if len(triples) and num_entities > 1:
-        data = torch.as_tensor(np.asarray(triples, np.int64), device=device)
+        data = torch.from_numpy(np.asarray(triples, np.int64))
         known = _KnownTriples(data, num_entities, num_relations)
         # Sparse: a step costs what its batch touches, not the size of the tables.
         optimizer = torch.optim.SparseAdam(
             [entities.weight, relations.weight], lr=learning_rate, betas=(0.9, 0.99)
         )
-        batch_size = max(64, min(batch_size, len(data) // 32))
+        batch_size = max(64, min(batch_size, len(data) // 16))
         started = time.perf_counter()
         for epoch in range(epochs):
-            order = torch.randperm(len(data), generator=generator, device=device)
-            total = torch.zeros((), device=device)
+            order = torch.randperm(len(data), generator=generator)
+            total = torch.zeros(())
             for group in optimizer.param_groups:  # linear decay to a tenth
                 group["lr"] = learning_rate * (1 - 0.9 * epoch / max(1, epochs - 1))
             for rows in order.split(batch_size):
@@ -146,6 +144,5 @@ def train_transe(
             block.copy_(nn.functional.normalize(block, dim=1))
     zero = np.zeros((1, dim), np.float32)
     return tuple(
-        np.concatenate([zero, module.weight.detach().cpu().numpy()])
-        for module in (entities, relations)
+        np.concatenate([zero, module.weight.detach().numpy()]) for module in (entities, relations)
     )

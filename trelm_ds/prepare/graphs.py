@@ -100,7 +100,6 @@ def read_codex(path: Path) -> RawGraph:
 
 
 def read_wikidata5m(path: Path) -> RawGraph:
-    """About 4 GiB of memory for the whole of Wikidata5M."""
     graph = RawGraph()
     shared: dict[str, str] = {}  # one string object per id, not one per mention of it in a triple
     for where, columns in iter_columns(need_file(path, "wikidata5m_entity.txt"), 2):

@@ -6,6 +6,9 @@ triple files, ``wikidata5m_entity.txt`` and ``wikidata5m_relation.txt``; each ma
 The texts are not linked. A mention is the longest run of words that is a name of the text's own
 entity or of one of its neighbours in the graph: far fewer links than a full entity linker would
 find, but rarely a wrong one, and every neighbour found is one end of a triple about the text.
+
+The graph is held in memory: about 0.8 GiB per million triples and 300,000 entities, measured, so
+plan 16 GiB for the whole of it. The texts are not.
 """
 
 from __future__ import annotations
