@@ -530,13 +530,13 @@ def ensure_importance(model, config: Config, data_dir: Path, manifest: dict, wor
     """
     # Every selection needs the scores: they rank the mentions under the cap.
     needed = config.injection.form != "none" or config.memory.enabled or config.decoding.enabled
-    path = data_dir / "tables" / "importance.npy"
+    path = data_dir / "tables" / "importance.json"  # written by scoring, and only then
     if not needed or gather_objects(path.exists(), group)[0]:
         return
     spans = manifest["splits"]["train"]["spans"]
     if spans > IMPORTANCE_AUTO_LIMIT:
         raise DataError(
-            f"{path} is missing: score the {spans} mentions first, "
+            f"{data_dir} is not scored: score its {spans} mentions first, "
             f"python launch/prepare.py score --output {data_dir} --model MODEL_DIR"
         )
     from trelm_ds.knowledge.importance import score_importance

@@ -75,7 +75,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     sha = hashlib.sha256()
     for name in sorted(tensors):
         sha.update(name.encode())
-        sha.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        sha.update(tensors[name].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
