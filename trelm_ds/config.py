@@ -69,6 +69,9 @@ class ModelConfig:
     max_position_embeddings: int = 512
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    # Weights' standard deviation from scratch; None: BERT's 0.02 at width 768, scaled by
+    # sqrt(768 / hidden_size): at 0.02 a narrow model's attention starts all but uniform.
+    initializer_range: float | None = None
     attn_implementation: str = "sdpa"  # sdpa | eager
     gradient_checkpointing: bool = False
 

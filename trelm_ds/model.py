@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +75,7 @@ def build_backbone(config: Config, vocab_size: int, pad_token_id: int) -> nn.Mod
         max_position_embeddings=model.max_position_embeddings,
         hidden_dropout_prob=model.hidden_dropout_prob,
         attention_probs_dropout_prob=model.attention_probs_dropout_prob,
+        initializer_range=model.initializer_range or 0.02 * math.sqrt(768 / model.hidden_size),
     )
     if model.model_type == "roberta":
         # RoBERTa counts positions from pad_token_id + 1, so its table is that much longer.
