@@ -337,8 +337,8 @@ def check_files(folder: Path, manifest: dict, rank: int = 0, size: int = 1) -> s
 
 @contextlib.contextmanager
 def _silence():
-    """DeepSpeed's conversion and loading code prints progress to stdout."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    """DeepSpeed's conversion and loading code prints its progress."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 

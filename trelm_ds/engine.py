@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -155,6 +156,8 @@ def quiet_deepspeed(device: torch.device) -> None:
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed still calls collectives by names that newer torch versions have renamed.
+    warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
     import deepspeed

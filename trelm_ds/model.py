@@ -160,8 +160,9 @@ def load_backbone(config: Config, vocab_size: int, pad_token_id: int) -> nn.Modu
         backbone = load_pretrained(folder, config.model.attn_implementation)
         if backbone.config.vocab_size != vocab_size:
             raise DataError(
-                f"model {folder} has {backbone.config.vocab_size} tokens but the data folder's "
-                f"tokenizer has {vocab_size}: prepare the data with the model's tokenizer"
+                f"model {folder} has a vocabulary of {backbone.config.vocab_size} but the data "
+                f"folder's tokenizer one of {vocab_size}: prepare the data with the model's "
+                "tokenizer"
             )
     if config.data.max_seq_length > max_positions(backbone.config):
         raise ConfigError(

@@ -165,7 +165,11 @@ def run(argv: list[str], stop) -> int:
     trainer.resume()
     if world.is_main:
         _write_records(config, ds_config)
-    complete = trainer.train()
+    if trainer.done:
+        logger.info("%s is already complete at step %d", output, trainer.state.step)
+        complete = True
+    else:
+        complete = trainer.train()
     if complete:
         trainer.finish()
         if world.is_main:
@@ -173,6 +177,7 @@ def run(argv: list[str], stop) -> int:
     elif world.is_main:
         logger.info("stopped on request at step %d; start again with", trainer.state.step)
         logger.info("  --output_dir %s --resume_from_checkpoint latest", output)
+    stop.ignore()
     barrier()
     return EXIT_DONE if complete else EXIT_STOPPED
 

@@ -16,6 +16,12 @@ class StopRequest:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
+    def ignore(self) -> None:
+        """From here on the exit code is decided: a launcher that ends the other tasks when the
+        first one exits must not turn it into "killed by SIGTERM"."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
     def _handle(self, number, frame) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step

@@ -24,7 +24,7 @@ from trelm_ds.data.shards import load_manifest
 from trelm_ds.distributed import World, barrier, cpu_group, gather_objects, gather_vector
 from trelm_ds.errors import DataError
 from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
-from trelm_ds.export import export_model
+from trelm_ds.export import export_model, last_evaluation
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.memory.bank import MemoryBank
 from trelm_ds.metrics import (
@@ -101,6 +101,7 @@ class Trainer:
         self.control = cpu_group()
         self._skipped_in_a_row = 0
         self._finite = True
+        self._saved: int | None = None  # step of the newest checkpoint of this process
 
         stage = engines.zero_stage(ds_config)
         refuse_unsupported(config, stage)
@@ -142,7 +143,9 @@ class Trainer:
         routed = config.routing.form not in ("none", "frozen")
         named = [(p, layer, kind) for layer, kind, p in self.model.routed_parameters()]
         optimizer.bind(
-            routed_fragments(self.engine, [n for n in named if n[0].requires_grad]) if routed else (),
+            routed_fragments(self.engine, [n for n in named if n[0].requires_grad])
+            if routed
+            else (),
             self.routing,
             element_counts=config.routing.paths == "full",
         )
@@ -424,7 +427,6 @@ class Trainer:
             self.state.step,
             " | ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in values.items()),
         )
-        self.last_evaluation = values
         return values
 
     def save(self) -> Path:
@@ -449,8 +451,6 @@ class Trainer:
         self._saved = self.state.step
         return path
 
-    _saved: int | None = None
-
     def finish(self) -> None:
         """Exports the last checkpoint as a Hugging Face folder and draws the curves."""
         checkpoint = self.checkpoints.folder / checkpoint_name(self.state.step)
@@ -465,12 +465,10 @@ class Trainer:
                     load_model_state(checkpoint),
                     checkpoint,
                     self.output_dir / "hf",
-                    metrics=self.last_evaluation,
+                    metrics=last_evaluation(self.output_dir / "metrics.jsonl", self.state.step),
                     overwrite=True,
                 )
         barrier(self.control)
-
-    last_evaluation: dict[str, float] = {}
 
 
 class Interval:
@@ -591,4 +589,3 @@ def estimate_memory(
         "activations": width * stored + 4 * masked * hf.vocab_size * 2,
         "memory bank": 8 * num_keys * hf.hidden_size / world_size if config.memory.enabled else 0,
     }
-

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny_corpus import write_tiny_corpus
 
+from trelm_ds.data.shards import write_manifest
 from trelm_ds.errors import TrelmError
 from trelm_ds.pretrain import run
 from trelm_ds.stopping import StopRequest
@@ -22,6 +23,15 @@ TINY = [
     *("--per_device_train_batch_size", "4", "--logging_steps", "1", "--eval_steps", "0"),
     *("--eval_batches", "1", "--set", "decoding.num_negatives=8"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch, repo):
+    """A run completes the launcher's variables: they must not outlive the test."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(repo)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +105,7 @@ def _corrupt_shard(folder):
 def _empty_corpus(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["splits"]["train"].update(samples=0, shards=[])
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
 
 
 def _entity_outside(folder):
@@ -159,7 +169,7 @@ def test_a_backbone_of_another_vocabulary_is_refused(data_dir, tmp_path):
         )
     ).save_pretrained(tmp_path / "bert")
     argv = ["--data_dir", str(data_dir), "--model_name_or_path", str(tmp_path / "bert")]
-    with pytest.raises(TrelmError, match="vocab"):
+    with pytest.raises(TrelmError, match="vocabulary"):
         run([*argv, "--dry_run", *TINY], StopRequest())
 
 
@@ -184,7 +194,6 @@ def test_readme_training_commands_resolve(repo, data_dir, tmp_path):
                 argv[at : at + 2] = [flag, str(value)] if value else []
         if "--data_dir" not in argv:
             argv += ["--data_dir", str(data_dir)]
-        os.chdir(repo)
         assert run([*argv, "--dry_run"], StopRequest()) == 0, command
         seen += 1
     assert seen >= 2

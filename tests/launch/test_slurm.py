@@ -48,7 +48,8 @@ def data_dir(tmp_path_factory):
 
 
 def submit(environment, repo, output_dir, data_dir, *flags) -> str:
-    variables = environment | {
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_PORT")
+    variables = {k: v for k, v in environment.items() if k not in launchers} | {
         "OUTPUT_DIR": str(output_dir),
         "TRELM_ROOT": str(repo),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -175,6 +175,8 @@ def score_importance(
     data_dir = Path(data_dir)
     manifest = load_manifest(data_dir)
     reader = ShardReader(data_dir, manifest, "train")
+    if len(reader) < 1:
+        raise DataError(f"{data_dir}: empty corpus: split 'train' holds no sample")
     token_ids = _token_ids(data_dir, replacement)
     first, last = (len(reader) * r // world_size for r in (rank, rank + 1))
     training = model.training

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -25,8 +25,8 @@ GRAPH_ONLY_FRACTION = 0.08  # of the facts: in the graph, never in the text
 HELDOUT_FRACTION = 0.03  # of the documents
 ZIPF_OFFSET = 10  # subjects are drawn with weight 1 / (rank + offset): Zipf-Mandelbrot
 MIN_MENTIONS = 2  # times the training text states every fact that is not graph-only
-SENTENCE_WEIGHTS = (0.05, 0.20, 0.35, 0.40)  # of 1, 2, 3 and 4 sentences in a document
-JOIN_PROBABILITY = 0.25  # a sentence states two facts
+SENTENCE_WEIGHTS = (0.6, 0.4)  # of 1 and 2 sentences in a document
+JOIN_PROBABILITY = 0.1  # a sentence states two facts
 DISTRACTOR_PROBABILITY = 0.15  # a sentence mentions an unrelated entity
 ALIAS_PROBABILITY = 0.3
 REPEATED_ALIAS_PROBABILITY = 0.6  # once the document has already named the entity
@@ -37,6 +37,14 @@ GRAPH_ONLY_TEMPLATE_PROBES, GRAPH_ONLY_CONTEXT_PROBES = 16, 4
 # Tail values of a relation with several are only sometimes asked for: each answer is then one of
 # several right ones, and P@1 counts the others as wrong.
 SEVERAL_ANSWERS_FRACTION = 0.25
+
+# Relations whose tails are few and mostly one word: about 3,000 facts on 2,100 entities, which a
+# model of half a million parameters learns on two CPU cores in minutes. All 51 take hours.
+SMALL_WORLD = frozenset(
+    """animal_class capital company_of continent currency dish_of god_of headquarters industry
+    instrument_family language_family lies_on located_in moon_of mountain_in mythology
+    official_language period region_of script state_of_matter""".split()
+)
 
 MASK = "[MASK]"
 DISTRACTOR_TYPES = frozenset(
@@ -56,7 +64,11 @@ class _Text:
     initial: str = ""
 
 
-def sample_corpus(seed: int = 0, num_documents: int = 12000) -> RawCorpus:
+def sample_corpus(
+    seed: int = 0,
+    num_documents: int = 8000,
+    relations: Collection[str] = SMALL_WORLD,
+) -> RawCorpus:
     """Generates the sample corpus; the same arguments give the same corpus.
 
     The facts, the graph-only choice and the frequency ranks of subjects depend on the seed alone.
@@ -77,7 +89,7 @@ def sample_corpus(seed: int = 0, num_documents: int = 12000) -> RawCorpus:
     """
     if num_documents < 2:
         raise DataError(f"the sample corpus needs at least 2 documents, got {num_documents}")
-    facts = load_facts()
+    facts = load_facts().restricted_to(relations)
     graph_only = _choose_graph_only(facts, random.Random(f"{seed}/graph-only"))
     text_facts = [fact for fact in facts.triples if fact not in graph_only]
 
@@ -111,7 +123,8 @@ def _graph(facts: Facts) -> RawGraph:
         )
         for identifier, entity in facts.entities.items()
     }
-    relations = {identifier: relation.name for identifier, relation in RELATIONS.items()}
+    told = {relation for _, relation, _ in facts.triples}
+    relations = {name: relation.name for name, relation in RELATIONS.items() if name in told}
     return RawGraph(entities=entities, relations=relations, triples=list(facts.triples))
 
 
@@ -170,13 +183,12 @@ class _Planner:
         )
 
     def plan(self) -> list[list[Triple]]:
-        (sentences,) = self._rng.choices((1, 2, 3, 4), SENTENCE_WEIGHTS)
+        (sentences,) = self._rng.choices((1, 2), SENTENCE_WEIGHTS)
         plan: list[list[Triple]] = []
         entities: set[str] = set()
         used: list[Triple] = []
         for _ in range(sentences):
-            # A lone sentence always states two facts, or the document would be too short.
-            both = sentences == 1 or self._rng.random() < JOIN_PROBABILITY
+            both = self._rng.random() < JOIN_PROBABILITY
             sentence = []
             for _ in range(1 + both):
                 fact = self._next(used, entities)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib import resources
 
@@ -52,6 +53,12 @@ class Facts:
 
     entities: dict[str, Entity] = field(default_factory=dict)
     triples: list[Triple] = field(default_factory=list)
+
+    def restricted_to(self, relations: Collection[str]) -> Facts:
+        """The facts of some relations and the entities that occur in them, in the same order."""
+        triples = [triple for triple in self.triples if triple[1] in relations]
+        ends = {end for head, _, tail in triples for end in (head, tail)}
+        return Facts({i: e for i, e in self.entities.items() if i in ends}, triples)
 
 
 def load_facts() -> Facts:
