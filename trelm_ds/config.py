@@ -145,6 +145,7 @@ class DecodingConfig:
     max_tokens: int = 8  # T
     num_negatives: int = 64  # N, shared by the global batch of a step
     hard_negatives: int = 0  # of them, tokens of entities near the gold one in memory space
+    hard_negative_refresh_steps: int = 500  # a new table of neighbours every so many steps
     unigram_power: float = 0.75  # Q(y) ~ count(y) ** power
     triple: str = "same"  # same as injected | different (when the mention has another) | all
     max_triples: int = 8  # per mention with triple: all
@@ -156,6 +157,10 @@ class DecodingConfig:
         _require(
             0 <= self.hard_negatives < self.num_negatives,
             "decoding.hard_negatives must be below decoding.num_negatives",
+        )
+        _require(
+            self.hard_negative_refresh_steps >= 2,
+            "decoding.hard_negative_refresh_steps must be at least 2",
         )
 
 
@@ -220,6 +225,14 @@ class RoutingConfig:
         _require(self.multiple_of >= 1, "routing.multiple_of must be at least 1")
         _require(self.attribution_steps >= 1, "routing.attribution_steps must be at least 1")
         _require(self.quadrature_nodes >= 1, "routing.quadrature_nodes must be at least 1")
+        if self.threshold is not None:
+            _fraction("routing.threshold", self.threshold)
+        for name in ("rotation_steps", "audit_steps"):
+            _require(getattr(self, name) >= 0, f"routing.{name} must not be negative")
+        _require(
+            self.max_targets is None or self.max_targets >= 1,
+            "routing.max_targets must be at least 1",
+        )
         _require(
             not (self.form == "block" and self.paths == "full"),
             "routing.form block keeps whole neurons: use routing.paths mid with it",
@@ -279,6 +292,13 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        _require(
+            not self.decoding.hard_negatives or (self.decoding.enabled and self.memory.enabled),
+            "decoding.hard_negatives are found in the memory bank: they need memory.enabled and "
+            "decoding.enabled",
+        )
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

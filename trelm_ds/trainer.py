@@ -25,6 +25,7 @@ from trelm_ds.distributed import World, barrier, cpu_group, gather_objects, gath
 from trelm_ds.errors import DataError
 from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
 from trelm_ds.export import export_model, last_evaluation
+from trelm_ds.hard_negatives import HardNegatives
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.memory.bank import MemoryBank
 from trelm_ds.metrics import (
@@ -122,6 +123,17 @@ class Trainer:
             verify=world.local_rank == 0,  # once per machine
         )
         self.bank = self._build_bank()
+        self.hard_negatives = None
+        if config.decoding.hard_negatives:
+            self.hard_negatives = HardNegatives(
+                config,
+                self.bank,
+                self.graph,
+                self.tables,
+                self.output_dir / "neighbours",
+                world,
+                self.control,
+            )
         self.routing = RoutingController(
             config.routing,
             self.model.ffns,
@@ -210,6 +222,8 @@ class Trainer:
         if found is not None:
             self.state = self.checkpoints.restore(found, self.engine, self.bank, self.routing)
             logger.info("resumed from %s at step %d", found, self.state.step)
+            if self.hard_negatives is not None:
+                self.hard_negatives.resume(self.state.step)
         elif which:
             logger.info("no checkpoint in %s yet: starting from step 0", self.checkpoints.folder)
         self.log = MetricLog(
@@ -328,8 +342,12 @@ class Trainer:
             group["lr"] = plan.lr
         self.model.train()
         self.routing.begin_step(plan.step)
+        if self.hard_negatives is not None:
+            self.hard_negatives.begin_step(plan.step)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for micro_batch in micro_batches:
+            if self.hard_negatives is not None:
+                micro_batch = self.hard_negatives.apply(micro_batch, plan.step)
             batch = micro_batch.to(self.device, non_blocking=True)
             watch.start("bank")
             rows = self.bank.lookup(batch.mention_keys) if plan.memory_weight > 0 else None

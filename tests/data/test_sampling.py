@@ -266,6 +266,13 @@ def test_decoded_triples(corpus, configure, graph, tables, which):
                     same = triples[0] == injected_triple(mentions, row)
                     assert same == (which == "same" or degree == 1)
                     others += not same
+                if which == "different" and 1 < degree <= 8:
+                    given, asked = (
+                        t[2] if t[0] == key else t[0]
+                        for t in (injected_triple(mentions, row), triples[0])
+                    )
+                    other_ends = set(graph.edges_of(key)[:, 2].tolist())
+                    assert given != asked or other_ends == {given}  # the answer is not given away
     assert capped > 20 if which == "all" else (others > 20) == (which == "different")
 
 

@@ -159,9 +159,28 @@ def resumed_run(rank, world_size, data_dir, output_dir, settings):
 )
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(data_dir, tmp_path, zero, form):
     settings = {"zero": zero, "routing__form": form, "train__gradient_accumulation_steps": 2}
-    for found in run_ranks(resumed_run, 2, data_dir, tmp_path, settings):
+    _assert_resume_is_exact(data_dir, tmp_path, settings)
+
+
+def test_a_resumed_run_has_the_hard_negatives_it_would_have_had(data_dir, tmp_path):
+    # Tables of steps 2 and 4 come into use at 3 and 5; the run stops at 3.
+    settings = {
+        "decoding__hard_negatives": 4,
+        "decoding__hard_negative_refresh_steps": 2,
+        "train__max_steps": 7,
+    }
+    hard = _assert_resume_is_exact(data_dir, tmp_path / "hard", settings)
+    settings["decoding__hard_negatives"] = 0
+    plain = _assert_resume_is_exact(data_dir, tmp_path / "plain", settings)
+    assert hard[:3] == plain[:3] and hard[3][3] != plain[3][3]
+
+
+def _assert_resume_is_exact(data_dir, output_dir, settings) -> list:
+    reports = run_ranks(resumed_run, 2, data_dir, output_dir, settings)
+    for found in reports:
         for name, (straight, resumed) in found.items():
             assert straight == resumed, name
+    return reports[0]["losses"][0]
 
 
 def frozen_off_path(rank, world_size, data_dir, output_dir):

@@ -122,6 +122,7 @@ def make_batch(lengths=(14, 9, 20), mentions=None, decode=None, text_length=0, s
         relation_text_ids=tensor(texts[1], (len(columns), text_length)),
         decode_mention=tensor([d[0] for d in decode]),
         decode_relation=tensor([d[1] for d in decode]),
+        decode_other=tensor([0] * len(decode)),
         decode_tokens=tensor(gold, (len(decode), width)),
         negatives=tensor(rng.integers(5, VOCAB, 9)),
         num_tokens=sum(lengths),

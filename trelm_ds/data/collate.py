@@ -40,7 +40,8 @@ class Batch:
         relation_text_ids: int64 [M, X] name of the relation, likewise.
         decode_mention: int64 [D] row of ``mention_spans``.
         decode_relation: int64 [D] in [0, 2R): r decodes the tail, R + r the head.
-        decode_tokens: int64 [D, T] gold tokens, padded with -1.
+        decode_other: int64 [D] the gold entity.
+        decode_tokens: int64 [D, T] its name's tokens, padded with -1.
         negatives: int64 [N] token ids shared by the optimizer step.
         num_tokens: real tokens.
     """
@@ -61,6 +62,7 @@ class Batch:
     relation_text_ids: torch.Tensor
     decode_mention: torch.Tensor
     decode_relation: torch.Tensor
+    decode_other: torch.Tensor
     decode_tokens: torch.Tensor
     negatives: torch.Tensor
     num_tokens: int
@@ -194,6 +196,7 @@ class Collator:
                 [m.decode_mention + first[i] for i, m in enumerate(found)]
             ),
             "decode_relation": joined("decode_relation"),
+            "decode_other": joined("decode_entity"),
             "decode_tokens": self._gold_tokens(joined("decode_entity")),
             "negatives": negatives,
             "num_tokens": int(lengths.sum()),

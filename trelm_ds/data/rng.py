@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-ORDER, MASKING, MENTION, NEGATIVES, HELDOUT = range(1, 6)  # purposes; never renumber
+ORDER, MASKING, MENTION, NEGATIVES, HELDOUT, HARD_NEGATIVES = range(
+    1, 7
+)  # purposes; never renumber
 
 _MASK64 = (1 << 64) - 1
 

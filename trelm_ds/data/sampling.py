@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # a floor above: only the names, for the reader
     from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 
 
+_LOOK_AHEAD = 8  # triples looked at for one with another answer
+
+
 @dataclass
 class SampledMentions:
     """What ``MentionSampler`` chose for one sequence; M mentions in text order, D decoded triples.
@@ -149,15 +152,26 @@ class MentionSampler:
         if settings.triple == "same" or degree == 1:
             return [chosen]
         if settings.triple == "different":
-            i = int(draws[0] * degree)
-            if self._graph.edge(entity, i) == chosen:
-                i = (i + 1 + int(draws[1] * (degree - 1))) % degree  # any of the others
-            return [self._graph.edge(entity, i)]
+            return [self._another_triple(entity, degree, chosen, draws)]
         if degree <= settings.max_triples:
             return self._graph.edges_of(entity).tolist()
         stream = rng.generator(self._seed, rng.MENTION, epoch, sample.id, 1 + number)
         rows = stream.choice(degree, settings.max_triples, replace=False)
         return [self._graph.edge(entity, i) for i in np.sort(rows).tolist()]
+
+    def _another_triple(
+        self, entity: int, degree: int, chosen: tuple, draws: tuple[float, float]
+    ) -> tuple:
+        """Any triple but the injected one, and one with another answer where there is one near:
+        "born in Rome" injected gives away "lived in Rome"."""
+        i = int(draws[0] * degree)
+        if self._graph.edge(entity, i) == chosen:
+            i = (i + 1 + int(draws[1] * (degree - 1))) % degree
+        for step in range(min(degree, _LOOK_AHEAD)):
+            triple = self._graph.edge(entity, (i + step) % degree)
+            if triple[2] != chosen[2]:
+                return triple
+        return self._graph.edge(entity, i)
 
     def __call__(self, sample: Sample, epoch: int) -> SampledMentions:
         """Chooses for one sequence in one epoch."""

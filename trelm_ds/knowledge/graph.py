@@ -173,7 +173,7 @@ class KnowledgeGraph:
         graph = cls(folder, entities, relations)
         for name in ("triples", "withheld"):
             _check_triples(getattr(graph, name), entities, relations, path / f"{name}.npy")
-        codes = _triple_codes(graph.triples, entities, relations)
+        codes = graph._codes
         if (codes[1:] <= codes[:-1]).any():
             raise DataError(f"{path / 'triples.npy'}: triples are not sorted and unique")
         if len(graph.withheld):
@@ -188,6 +188,20 @@ class KnowledgeGraph:
     @cached_property
     def withheld(self) -> np.ndarray:
         return load_array(self.folder / "graph" / "withheld.npy", "int32", (None, 3))
+
+    @cached_property
+    def _codes(self) -> np.ndarray:
+        return _triple_codes(self.triples, self.num_entities, self.num_relations)
+
+    def contains(self, heads: np.ndarray, relations: np.ndarray, tails: np.ndarray) -> np.ndarray:
+        """bool [n]: whether (head, relation, tail), int [n] each, is a training triple."""
+        asked = np.column_stack([heads, relations, tails])
+        asked = _triple_codes(asked, self.num_entities, self.num_relations)
+        place = np.searchsorted(self._codes, asked)
+        found = np.zeros(len(asked), dtype=bool)
+        inside = place < len(self._codes)
+        found[inside] = self._codes[place[inside]] == asked[inside]
+        return found
 
     # Names are read when asked for: millions of strings that loader processes never need.
 

@@ -1,0 +1,149 @@
+"""Hard negatives of Eq. 2: name tokens of entities near the gold one in memory space.
+
+Every ``decoding.hard_negative_refresh_steps`` steps the memory bank is written out, a process of
+its own builds the table of neighbours with FAISS, and half an interval later every rank switches
+to it at the same step, whether or not it was ready before. So the table in use is a function of
+the step, and a resumed run has the one it would have had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trelm_ds.config import Config
+from trelm_ds.data.collate import Batch
+from trelm_ds.data.rng import HARD_NEGATIVES, generator
+from trelm_ds.distributed import World, barrier, gather_objects
+from trelm_ds.errors import TrelmError
+from trelm_ds.memory.bank import MemoryBank
+from trelm_ds.memory.index import NeighbourTable, build_table, hard_negative_tokens, table_path
+
+logger = logging.getLogger(__name__)
+
+NEIGHBOURS = 16  # per entity
+
+
+class HardNegatives:
+    """Replaces the last ``decoding.hard_negatives`` of a micro-batch's negatives.
+
+    They depend on the micro-batch's gold entities, so with them the loss is no longer independent
+    of how the global batch is split. Each keeps the unigram log Q of Eq. 2.
+
+    Args:
+        config: the run's configuration.
+        bank: the memory bank.
+        graph: its ``contains`` says which neighbours are right answers too.
+        tables: entity names as tokens.
+        folder: for snapshots and tables; shared by the ranks, kept between starts of a run.
+        world, group: this process's place, and a host-side group.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        bank: MemoryBank,
+        graph,
+        tables,
+        folder: Path,
+        world: World,
+        group,
+    ):
+        self._count = config.decoding.hard_negatives
+        self._interval = config.decoding.hard_negative_refresh_steps
+        self._delay = max(1, self._interval // 2)
+        self._seed = config.train.seed
+        self._bank, self._graph, self._tables = bank, graph, tables
+        self._folder, self._world, self._group = folder, world, group
+        self._table = NeighbourTable(folder, graph.num_entities)
+        self._process = None
+
+    def _snapshot(self, version: int) -> Path:
+        return self._folder / f"bank-{version:08d}"
+
+    def resume(self, step: int) -> None:
+        """Takes up the table in use at ``step`` and a build that was under way. Collective."""
+        last = (step - 1) // self._interval * self._interval  # newest version begun before
+        if last >= self._interval and step <= last + self._delay:
+            self._start_build(last)
+            last -= self._interval
+        if last >= self._interval:
+            self._activate(last)
+
+    def begin_step(self, step: int) -> None:
+        """Starts or activates a table where the schedule says so. Collective on those steps."""
+        if step >= self._interval and step % self._interval == 0:
+            self._write_snapshot(step)
+            self._start_build(step)
+        version = step - self._delay
+        if version >= self._interval and version % self._interval == 0:
+            self._activate(version)
+
+    def _write_snapshot(self, version: int) -> None:
+        folder = self._snapshot(version)
+        if self._world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        barrier(self._group)
+        self._bank.save_shards(folder)
+        barrier(self._group)
+
+    def _start_build(self, version: int) -> None:
+        if not self._world.is_main or table_path(self._folder, version).exists():
+            return
+        # Spawned: FAISS hangs in a fork of a process that has run it, or torch, with threads.
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=_build,
+            args=(self._snapshot(version), self._folder, version, self._graph.num_entities),
+            daemon=True,
+        )
+        self._process.start()
+
+    def _activate(self, version: int) -> None:
+        if self._process is not None:
+            self._process.join()
+            self._process = None
+        barrier(self._group)
+        self._table.activate(version, lambda ready: all(gather_objects(ready, self._group)))
+        if self._world.is_main:
+            shutil.rmtree(self._snapshot(version), ignore_errors=True)
+            table_path(self._folder, version - 2 * self._interval).unlink(missing_ok=True)
+
+    def apply(self, batch: Batch, step: int) -> Batch:
+        """The micro-batch with its hard negatives; unchanged while there is no table."""
+        table = self._table.table
+        if table is None or not len(batch.decode_other):
+            return batch
+        gold = batch.decode_other.numpy()
+        entity = batch.mention_keys[batch.decode_mention].numpy()
+        relation = batch.decode_relation.numpy()
+
+        def is_true(rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+            backwards = relation[rows] >= self._graph.num_relations
+            head = np.where(backwards, candidates, entity[rows])
+            tail = np.where(backwards, entity[rows], candidates)
+            return self._graph.contains(head, relation[rows] % self._graph.num_relations, tail)
+
+        rng = generator(self._seed, HARD_NEGATIVES, step, int(batch.stream_positions[0]))
+        names = self._tables.entity_names
+        tokens = hard_negative_tokens(table, gold, names, self._count, rng, is_true)
+        if not len(tokens):
+            return batch
+        negatives = batch.negatives.clone()
+        negatives[-len(tokens) :] = torch.from_numpy(tokens)
+        return dataclasses.replace(batch, negatives=negatives)
+
+
+def _build(snapshot: Path, folder: Path, version: int, num_entities: int) -> None:
+    """The builder process: a failure leaves no table, and the ranks keep the one they have."""
+    try:
+        build_table(snapshot, folder, version, num_entities, min(NEIGHBOURS, num_entities - 1))
+    except (TrelmError, OSError) as error:
+        logging.basicConfig(level=logging.WARNING)
+        logger.warning("hard negatives: version %d not built: %s", version, error)
