@@ -161,6 +161,7 @@ class Checkpointer:
         if problem := _agree(problem, self._group):
             if self._world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
+            barrier(self._group)
             raise CheckpointError(f"checkpoint {name} was not written: {problem}")
         hashes = self._hash_files(temporary)
         if self._world.is_main:

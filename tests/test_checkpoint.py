@@ -1,0 +1,187 @@
+"""Checkpoints under damage: what is published is complete, what is loaded has been verified."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from integration.runs import full_parameters, make_trainer
+from multiprocess import run_ranks
+from tiny_corpus import write_tiny_corpus
+
+from trelm_ds.checkpoint import (
+    LATEST,
+    MANIFEST,
+    Checkpointer,
+    check_files,
+    load_model_state,
+    read_manifest,
+)
+from trelm_ds.distributed import World
+from trelm_ds.errors import CheckpointError
+
+
+def write_runs(rank, world_size, data_dir, output_dir):
+    """One run per ZeRO stage with checkpoints of steps 2 and 4; returns the final weights."""
+    weights = {}
+    for name, bf16 in (("zero0", False), ("zero1", True), ("zero2", False), ("zero3", False)):
+        trainer = make_trainer(
+            data_dir,
+            output_dir / name,
+            zero=name,
+            train__max_steps=4,
+            train__save_steps=2,
+            train__bf16=bf16,
+        )
+        trainer.train()
+        weights[name] = full_parameters(trainer)
+        trainer.engine.destroy()
+    return weights
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_tiny_corpus(folder / "data")
+    weights, _ = run_ranks(write_runs, 2, folder / "data", folder)
+    return folder, weights
+
+
+@pytest.fixture
+def run_dir(runs, tmp_path):
+    """A private copy of the ZeRO-2 run, for damage."""
+    shutil.copytree(runs[0] / "zero2", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def checkpointer(run_dir) -> Checkpointer:
+    return Checkpointer(run_dir, World(0, 1, 0, "none"), {}, 2, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
+def test_the_full_model_is_read_from_any_stage(runs, name):
+    folder, weights = runs
+    state = load_model_state(folder / name / "checkpoints" / "step_00000004")
+    for key, value in weights[name].items():
+        assert state[key].dtype == torch.float32
+        assert torch.equal(state[key], value), key
+
+
+def test_every_file_is_in_the_manifest_and_latest_names_the_last(run_dir):
+    folder = run_dir / "checkpoints"
+    assert (folder / LATEST).read_text() == "step_00000004\n"
+    assert not list(folder.glob("tmp-*"))
+    manifest = read_manifest(folder / "step_00000004")
+    names = set(manifest["files"])
+    assert {"state.json", "config.json", "backbone.json", "routing.safetensors"} <= names
+    assert sum(name.startswith("rng_") for name in names) == 2
+    assert sum(name.startswith("bank/") for name in names) >= 2
+    assert sum("optim_states" in name for name in names) == 2
+    assert check_files(folder / "step_00000004", manifest) is None
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def _first(folder, pattern):
+    return sorted(folder.rglob(pattern))[0]
+
+
+DAMAGE = {
+    "a flipped bit in a ZeRO shard": lambda f: _flip(_first(f, "*optim_states.pt")),
+    "a flipped bit in the memory bank": lambda f: _flip(_first(f, "bank/*")),
+    "a missing rank's shard": lambda f: _first(f, "zero_pp_rank_1*").unlink(),
+    "a missing random state": lambda f: _first(f, "rng_00001*").unlink(),
+    "a truncated state": lambda f: _first(f, "state.json").write_text("{"),
+    "no manifest": lambda f: (f / MANIFEST).unlink(),
+    "an unreadable manifest": lambda f: (f / MANIFEST).write_text("[]"),
+    "a file nobody wrote": lambda f: (f / "extra.pt").write_bytes(b"x"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_named(run_dir, damage, caplog):
+    newest = run_dir / "checkpoints" / "step_00000004"
+    DAMAGE[damage](newest)
+    assert checkpointer(run_dir).find("latest").name == "step_00000002"
+    with pytest.raises(CheckpointError, match="step_00000004"):
+        checkpointer(run_dir).find(str(newest))
+    with pytest.raises(CheckpointError, match="step_00000004"):
+        load_model_state(newest)  # refused before anything is unpickled
+    DAMAGE[damage](run_dir / "checkpoints" / "step_00000002")
+    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+        checkpointer(run_dir).find("latest")
+
+
+@pytest.mark.parametrize("content", [None, "", "step_99999999\n"])
+def test_latest_is_only_a_hint(run_dir, content):
+    latest = run_dir / "checkpoints" / LATEST
+    latest.unlink() if content is None else latest.write_text(content)
+    assert checkpointer(run_dir).find("latest").name == "step_00000004"
+
+
+def test_an_evil_pickle_is_refused_before_it_is_opened(tmp_path):
+    folder = tmp_path / "checkpoints" / "step_00000001"
+    folder.mkdir(parents=True)
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save(Evil(), folder / "mp_rank_00_model_states.pt")
+    (folder / "state.json").write_text(json.dumps({"zero_stage": 0, "bf16": False}))
+    with pytest.raises(CheckpointError, match=MANIFEST):
+        load_model_state(folder)
+    with pytest.raises(CheckpointError, match=MANIFEST):
+        checkpointer(tmp_path).find("latest")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_manifest_cannot_point_outside_its_folder(run_dir):
+    folder = run_dir / "checkpoints" / "step_00000004"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["../step_00000002/state.json"] = manifest["files"]["state.json"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert "missing" in check_files(folder, read_manifest(folder))
+
+
+def test_an_empty_run_folder_has_nothing_to_resume(tmp_path):
+    assert checkpointer(tmp_path).find("latest") is None
+    with pytest.raises(CheckpointError):
+        checkpointer(tmp_path).find(str(tmp_path / "step_00000001"))
+
+
+def save_again(rank, world_size, data_dir, output_dir):
+    """Leftovers of a killed save at the same step, and a rank that cannot write."""
+    trainer = make_trainer(data_dir, output_dir, train__max_steps=2)
+    leftover = trainer.checkpoints.folder
+    if rank == 0:
+        for name in ("tmp-step_00000002", "step_00000002"):
+            (leftover / name).mkdir(parents=True)
+            (leftover / name / "half.pt").write_bytes(b"half")
+    trainer.train()
+    problems = []
+    trainer.state.step, trainer._saved = 3, None
+    bank_save = trainer.bank.save_shards
+
+    def full_disk(folder):
+        if rank == 1:
+            raise OSError(28, "No space left on device")
+        return bank_save(folder)
+
+    trainer.bank.save_shards = full_disk
+    try:
+        trainer.save()
+    except CheckpointError as error:
+        problems.append(str(error))
+    return problems, sorted(p.name for p in leftover.iterdir() if p.is_dir())
+
+
+def test_leftovers_are_replaced_and_a_failed_save_leaves_the_last_one(runs, tmp_path):
+    for problems, folders in run_ranks(save_again, 2, runs[0] / "data", tmp_path / "run"):
+        assert len(problems) == 1 and "rank 1" in problems[0] and "No space" in problems[0]
+        assert folders == ["step_00000002"]
+    assert checkpointer(tmp_path / "run").find("latest").name == "step_00000002"
