@@ -1,0 +1,127 @@
+"""What a run reports: FLOP count, lines, the log's resume, the plot."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from trelm_ds.metrics import (
+    MetricLog,
+    RollingRate,
+    Stopwatch,
+    console_line,
+    format_duration,
+    plot_curves,
+    read_metrics,
+    training_flops,
+)
+
+
+def test_flops_are_those_of_the_matrix_products():
+    """Three times a forward pass, counted by torch's own FLOP counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = BertConfig(
+        vocab_size=90,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        attn_implementation="eager",
+    )
+    model = BertForMaskedLM(config).eval()
+    rows, length = 3, 16
+    ids = torch.randint(5, 90, (rows, length))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    counted = counter.get_total_flops()  # the stock head runs on every position
+    ours = training_flops(config, rows * length, rows * length, length) / 3
+    assert ours == pytest.approx(counted, rel=1e-6)
+
+
+def test_the_paper_sized_model_costs_what_the_cost_model_says():
+    base = BertConfig(vocab_size=50265)  # RoBERTa-base shapes
+    per_sequence = training_flops(base, 128, 0.15 * 128, 128)
+    assert per_sequence == pytest.approx(71.6e9, rel=0.02)
+
+
+def values(**more):
+    return {
+        "train/loss": 2.5,
+        "train/mlm_loss": 2.1,
+        "train/cka_loss": 2.9,
+        "train/lr": 3.1e-4,
+        "train/grad_norm": 0.84,
+        "throughput/tokens_per_s": 412_345.0,
+        "throughput/mfu": 0.38,
+        "memory/peak_gib": 61.2,
+        "data/wait_fraction": 0.02,
+        **more,
+    }
+
+
+def test_console_line():
+    line = console_line(1200, 50000, values(), 8, 18_720)
+    assert line == (
+        "step 1200/50000 | loss 2.500 (mlm 2.100 cka 2.900) | lr 3.1e-04 | grad 0.84 | "
+        "412k tok/s (51.5k/rank) | mfu 38% | mem 61.20 GiB | data 2% | eta 5h12m"
+    )
+    plain = values()
+    del plain["train/cka_loss"]
+    plain |= {"throughput/mfu": math.nan, "train/grad_norm": None, "data/quarantined_total": 3}
+    line = console_line(1, 2, plain, 1, 61)
+    assert "cka" not in line and "mfu" not in line and "grad" not in line and "/rank" not in line
+    assert "quarantined 3" in line and line.endswith("eta 1m01s")
+
+
+def test_durations():
+    assert [format_duration(s) for s in (0, 59.9, 61, 3600)] == ["0m00s", "0m59s", "1m01s", "1h00m"]
+
+
+def test_a_resumed_log_drops_the_steps_it_takes_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path, enabled=True)
+    for step in (1, 2, 3):
+        log.write(step, {"train/loss": float(step)})
+    with path.open("a") as file:
+        file.write('{"step": 4, "tra')  # the process died here
+    MetricLog(path, enabled=True, resume_step=2).write(3, {"train/loss": 30.0})
+    assert [(r["step"], r["train/loss"]) for r in read_metrics(path)] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_only_rank_0_writes(tmp_path):
+    MetricLog(tmp_path / "metrics.jsonl", enabled=False).write(1, {"a": 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_rolling_rate_forgets():
+    rate = RollingRate(window=2)
+    assert rate.rate == 0.0
+    for amount, seconds in ((1000, 1), (10, 1), (30, 1)):
+        rate.add(amount, seconds)
+    assert rate.rate == 20.0
+
+
+def test_stopwatch_sums_by_phase_and_starts_again():
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        watch.start("forward")
+        watch.stop("forward")
+    totals = watch.totals()
+    assert set(totals) == {"forward"} and totals["forward"] >= 0
+    assert watch.totals() == {}
+
+
+def test_plot(tmp_path):
+    rows = [
+        {"step": 0, "eval/mlm_loss": 5.0, "eval/probe_p1": 0.0, "eval/probe_p1_tail": 0.0},
+        {"step": 1, "train/mlm_loss": 5.0, "train/cka_loss": 3.0},
+        {"step": 2, "eval/mlm_loss": 4.0},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    plot_curves(path, tmp_path / "curves.png", "run")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
