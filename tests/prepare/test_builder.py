@@ -112,6 +112,34 @@ def test_equal_inputs_give_equal_folders(source, prepared, tmp_path):
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_spans_without_ids_are_linked_and_the_outcomes_reported(source, prepared, tmp_path, caplog):
+    rows = own_corpus()
+    for row in rows:
+        row["spans"] = [[start, end] for start, end, _ in row["spans"]]
+    path = write_lines(tmp_path / "corpus.jsonl", rows)
+    graph, output = f"--graph={source / 'graph'}", tmp_path / "same"
+    with caplog.at_level("INFO"):
+        prepare(["jsonl", f"--input={path}", graph, f"--output={output}", *QUICK])
+    assert load_manifest(output) == load_manifest(prepared)
+    linked = {"span_linked_exact": 120, "span_linked_approximate": 0, "span_linked_nil": 0}
+    assert json.loads((output / "stats.json").read_text())["preparation"]["reader"] == linked
+    assert "span_linked_exact 120, span_linked_nil 0" in caplog.text
+
+    typo, unknown = dict(rows[0]), dict(rows[1])
+    typo["text"] = typo["text"].replace("France", "Frunce")  # 1 of 6 letters
+    unknown["text"] = unknown["text"].replace("Spain", "Xyzzy")
+    write_lines(path, [typo, unknown, *rows[2:]])
+    output = tmp_path / "typo"
+    prepare(["jsonl", f"--input={path}", graph, f"--output={output}", *QUICK])
+    linked = {"span_linked_exact": 118, "span_linked_approximate": 1, "span_linked_nil": 1}
+    assert json.loads((output / "stats.json").read_text())["preparation"]["reader"] == linked
+    tables, names = KnowledgeTables.load(output), KnowledgeGraph.load(output).entity_names
+    before, order = KnowledgeTables.load(prepared), KnowledgeGraph.load(prepared).entity_names
+    for name, lost in (("France", 0), ("Spain", 1), ("Tokyo", 0)):
+        frequency = tables.entity_frequency[names.index(name)]
+        assert frequency == before.entity_frequency[order.index(name)] - lost
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -241,6 +241,38 @@ def test_jsonl_spans_and_links(tmp_path):
         list(read_jsonl([path], ReaderOptions()).documents)
 
 
+def test_jsonl_links_spans_without_an_id(tmp_path):
+    text = "Madri, JAPAN, Chili con carne and Lyon, not Paris."
+    names = ("Madri", "JAPAN", "Chili con carne")
+    ids = {"Lyon": "Q90", "Paris": "Q142"}  # taken as given, whatever the names say
+    spans = [[text.index(n), text.index(n) + len(n)] for n in names]
+    spans[1].append(None)
+    spans += [[text.index(n), text.index(n) + len(n), i] for n, i in ids.items()]
+    rows = [
+        {"id": "a", "text": text, "spans": spans},
+        {"id": "b", "text": "Toky0 and Tokyo", "spans": [[0, 5], [10, 15]]},
+        {"id": "c", "text": "Twin", "spans": [[0, 4]]},
+        {"id": "d", "text": "Tokyo", "spans": [[0, 5]]},
+    ]
+    graph = read_graph(str(write_own_graph(tmp_path / "g")))
+    graph.name_entity("Q1", "Twin")
+    graph.name_entity("Q2", "Twin")  # as many triples as Q1: ambiguous
+    path = write_lines(tmp_path / "c.jsonl", rows)
+    corpus = read_jsonl([path], ReaderOptions(graph=graph, limit=3))
+    assert surfaces(corpus) == [
+        [("Madri", "Q2807"), ("JAPAN", "Q17"), ("Lyon", "Q90"), ("Paris", "Q142")],
+        [("Toky0", "Q1490"), ("Tokyo", "Q1490")],
+        [],
+    ]
+    assert corpus.counts == {
+        "span_linked_exact": 2,
+        "span_linked_approximate": 2,
+        "span_linked_nil": 2,
+    }
+    with pytest.raises(DataError, match=r"c.jsonl:1: a span without an id needs .* --graph"):
+        list(read_jsonl([path], ReaderOptions()).documents)
+
+
 def write_wikidata5m(folder: Path) -> Path:
     write_lines(
         folder / "wikidata5m_transductive_train.txt.gz",
@@ -319,6 +351,11 @@ def bad_span(folder):
 
 def bad_id(folder):
     row = {"id": "a", "text": "Paris", "spans": [[0, 5, "Q 90"]]}
+    return read_jsonl, [write_lines(folder / "a.jsonl", [row])]
+
+
+def long_span(folder):
+    row = {"id": "a", "text": "Paris", "spans": [[0, 5, "Q90", "Q142"]]}
     return read_jsonl, [write_lines(folder / "a.jsonl", [row])]
 
 
@@ -407,6 +444,7 @@ def empty_folder(folder):
     [
         (bad_span, r"a.jsonl:2: span \[0, 6\) is not inside the text of 5 characters"),
         (bad_id, r"a.jsonl:1: 'Q 90' is not an id"),
+        (long_span, r"a.jsonl:1: a span must be \[start, end, id\] or \[start, end\], got"),
         (bad_json, r"a.jsonl:1: not valid JSON"),
         (deep_json, r"a.jsonl:1: not valid JSON"),
         (no_spans_key, r"a.jsonl:1: 'spans' is missing"),

@@ -198,6 +198,9 @@ class _Builder:
             if number % _PROGRESS == 0:
                 log.info("read %d documents, %d entities mentioned", number, len(mentioned))
         spool.finish()
+        if self.corpus.counts:
+            counted = (f"{name} {count}" for name, count in sorted(self.corpus.counts.items()))
+            log.info("%s: %s", self.corpus.name, ", ".join(counted))
         for split, count in splits.items():
             self.counts[f"document_{split}"] = count
         if not splits["train"]:

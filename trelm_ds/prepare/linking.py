@@ -1,4 +1,4 @@
-"""Finding mentions in plain text by the names of a raw graph's entities."""
+"""Mentions to a raw graph's entities, by their names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ def entity_names(graph: RawGraph, entity: str) -> tuple[str, ...]:
 
 
 class GraphLinker:
-    """Links by all names of a graph; of entities with one name, the one in more triples."""
+    """Links by all names of a graph; of entities with one name, the one in more triples.
+
+    Attributes:
+        counts: mentions given to ``link``, by outcome: ``exact``, ``approximate``, ``nil``.
+    """
 
     def __init__(self, graph: RawGraph):
         self._ids = list(graph.entities)
@@ -27,7 +31,17 @@ class GraphLinker:
                     degree[index[end]] += 1
         aliases = ((n, i) for i, e in enumerate(self._ids) for n in entity_names(graph, e))
         self._linker = EntityLinker(aliases, degree)
+        self.counts = self._linker.counts
+
+    def link(self, mentions: list[str]) -> list[str | None]:
+        """The entity id of each mention by exact name, else by the nearest spelling; None is NIL.
+
+        Raises:
+            ConfigError: a name has to be looked up by its spelling and FAISS is not installed.
+        """
+        links = self._linker.link(mentions)
+        return [None if link is None else self._ids[link.entity] for link in links]
 
     def find(self, text: str) -> list[tuple[int, int, str]]:
-        """(start, end, entity id) of the mentions in ``text``."""
+        """(start, end, entity id) of the mentions in running text, by exact name."""
         return [(start, end, self._ids[i]) for start, end, i in self._linker.find(text)]
