@@ -21,3 +21,9 @@ class DataError(TrelmError):
 
 class CheckpointError(TrelmError):
     """A checkpoint is missing, incomplete, corrupt or belongs to a different run."""
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """Another library's message as one line of at most ``limit`` characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."

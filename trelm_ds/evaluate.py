@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.distributed import gather_vector
 from trelm_ds.errors import DataError
 from trelm_ds.losses import mlm_loss_sum
-from trelm_ds.model import load_tokenizer, max_positions
+from trelm_ds.model import max_positions
 
 MASK = "[MASK]"  # what probe files write, whatever the tokenizer's mask token
 SPLITS = ("all", "tail", "graph_only", "template", "context")

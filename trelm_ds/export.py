@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, BertConfig, RobertaConfig
 
-from trelm_ds.errors import CheckpointError, ConfigError
+from trelm_ds.errors import CheckpointError, ConfigError, one_line
 from trelm_ds.model import no_progress_bar
 from trelm_ds.routing.ffn import to_hf_state_dict
 
@@ -34,7 +34,7 @@ def backbone_from_state(state: dict[str, torch.Tensor], hf_config) -> torch.nn.M
     try:
         report = backbone.load_state_dict(to_hf_state_dict(weights), strict=False)
     except RuntimeError as error:
-        raise CheckpointError(f"not the weights of this backbone: {_one_line(error)}") from None
+        raise CheckpointError(f"not the weights of this backbone: {one_line(error)}") from None
     # One of two tied names is enough: both are the same parameter.
     loaded = {
         id(p)
@@ -139,10 +139,6 @@ def _backbone_config(path: Path):
     if kind not in _CONFIGS:
         raise CheckpointError(f"{path}: model_type {kind!r} is not one of {', '.join(_CONFIGS)}")
     return _CONFIGS[kind].from_dict(content)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def model_card(run: dict, hf_config, checkpoint: Path, metrics: dict[str, float]) -> str:

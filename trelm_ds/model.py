@@ -15,7 +15,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     BertConfig,
     RobertaConfig,
 )
@@ -24,7 +23,8 @@ from transformers.utils import logging as hf_logging
 from trelm_ds.config import Config
 from trelm_ds.data.collate import Batch
 from trelm_ds.data.negatives import negative_distribution
-from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.data.tokenizer import load_tokenizer
+from trelm_ds.errors import ConfigError, DataError, one_line
 from trelm_ds.knowledge.decoder import RelationalDecoder
 from trelm_ds.knowledge.injection import ROLE_NONE, KnowledgeInjection, TransETables
 from trelm_ds.losses import TokenPrior, gold_log_probability, mlm_loss_sum, total_loss
@@ -41,25 +41,7 @@ logger = logging.getLogger(__name__)
 MODEL_TYPES = ("bert", "roberta")
 
 
-# -- tokenizer and backbone --------------------------------------------------------------------
-
-
-def load_tokenizer(folder: str | Path):
-    """The tokenizer of a local folder, with the special tokens that masking needs.
-
-    Raises:
-        DataError: missing, unreadable, or without pad, mask or unknown token.
-    """
-    if not Path(folder).is_dir():
-        raise DataError(f"{folder}: no such folder, so there is no tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # tokenizers raises plain Exception on a damaged file
-        raise DataError(f"{folder}: tokenizer not loaded: {_one_line(error)}") from None
-    for name in ("pad", "mask", "unk"):
-        if getattr(tokenizer, f"{name}_token_id") is None:
-            raise DataError(f"{folder}: the tokenizer has no {name} token")
-    return tokenizer
+# -- backbone ----------------------------------------------------------------------------------
 
 
 def build_backbone(config: Config, vocab_size: int, pad_token_id: int) -> nn.Module:
@@ -99,7 +81,7 @@ def read_backbone_config(folder: str | Path):
     try:
         hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {folder}: {_one_line(error)}") from None
+        raise ConfigError(f"model {folder}: {one_line(error)}") from None
     if hf_config.model_type not in MODEL_TYPES:
         raise ConfigError(
             f"model {folder}: type {hf_config.model_type!r} is not one of {', '.join(MODEL_TYPES)}"
@@ -124,7 +106,7 @@ def load_pretrained(folder: str | Path, attn_implementation: str = "sdpa") -> nn
                 output_loading_info=True,
             )
     except Exception as error:  # safetensors, pickle, shapes: each library has its own errors
-        raise ConfigError(f"model {folder}: {_one_line(error)}") from None
+        raise ConfigError(f"model {folder}: {one_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
         logger.warning("model %s has no %s: newly initialised", folder, ", ".join(missing))
     return backbone.float()
@@ -176,11 +158,6 @@ def max_positions(hf_config) -> int:
     """Longest sequence, in tokens, that the position table allows."""
     offset = hf_config.pad_token_id + 1 if hf_config.model_type == "roberta" else 0
     return hf_config.max_position_embeddings - offset
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def encode(

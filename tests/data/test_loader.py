@@ -344,8 +344,8 @@ def test_damage_is_found_before_the_first_step(corpus, graph, tables, configure,
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda f: shutil.rmtree(f), "tokenizer: not found"),
-        (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer: not loadable"),
+        (lambda f: shutil.rmtree(f), "tokenizer: no such folder"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer: tokenizer not loadable"),
         (lambda f: (f / "tokenizer_config.json").write_text(
             (f / "tokenizer_config.json").read_text().replace('"mask_token"', '"other_token"')
         ), "no mask token"),

@@ -106,7 +106,7 @@ def test_score_step_takes_a_local_model_of_the_same_vocabulary(prepared, tmp_pat
         argv = ["score", "--output", prepared, "--model", tmp_path / "model"]
         code, out, err = run(cli.main, argv, capsys)
         assert code == expected, err
-    assert f"{size + 1} tokens" in err and err.startswith("error: ")
+    assert f"vocabulary of {size + 1}" in err and err.startswith("error: ")
     assert run(cli.main, [*argv[:3], "--model", tmp_path / "none"], capsys)[0] == 2
 
 

@@ -6,12 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.errors import DataError
 from trelm_ds.prepare.encode import encode_names, encode_texts, token_spans, windows
 from trelm_ds.prepare.long_tail import choose_band, rarity_ranks, word_types
 from trelm_ds.prepare.vocabulary import (
     BERT_SPECIALS,
-    load_tokenizer,
     load_vocabulary,
     tokenizer_type,
     train_wordpiece,
@@ -149,7 +149,7 @@ def test_training_a_vocabulary_is_deterministic_and_limits_its_alphabet(monkeypa
     from trelm_ds.prepare import vocabulary
 
     texts = [f"{a}{b}{a} {b}{a}{a}n tie{a} ties{b}" for a in "abcdefgh" for b in "ijklmnop"]
-    texts += ["Ω Ω ω"]
+    texts += ["Ω Ω ω tie tie ties ties"]
     first = train_wordpiece(lambda: texts, vocab_size=120).get_vocab()
     for _ in range(4):
         assert train_wordpiece(lambda: texts, vocab_size=120).get_vocab() == first
@@ -175,7 +175,7 @@ def test_case_follows_the_vocabulary(tmp_path):
         ({"vocab.txt": "\n".join([*BERT_SPECIALS, "x", "x"])}, "vocab.txt", "occurs twice"),
         ({"vocab.json": "{}"}, ".", "no merges.txt beside it"),
         ({"vocab.json": "{", "merges.txt": ""}, ".", "not a RoBERTa vocabulary"),
-        ({"tokenizer.json": "{"}, ".", "no tokenizer"),
+        ({"tokenizer.json": "{"}, ".", "tokenizer not loadable"),
     ],
 )
 def test_bad_vocabularies(tmp_path, files, path, message):

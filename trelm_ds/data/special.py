@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.errors import DataError
 
 
@@ -30,24 +31,13 @@ class SpecialTokens:
         """Reads ``data_dir/tokenizer``.
 
         Raises:
-            DataError: no loadable tokenizer, a token is missing, or an id is not below
-                ``vocab_size``.
+            DataError: as ``load_tokenizer``, or an id is not below ``vocab_size``.
         """
-        from transformers import AutoTokenizer  # seconds to import; loader processes do without
-
         folder = Path(data_dir) / "tokenizer"
-        if not folder.is_dir():
-            raise DataError(f"{folder}: not found")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # tokenizers raises the bare class on a malformed file
-            raise DataError(f"{folder}: not loadable: {' '.join(str(error).split())}") from None
+        tokenizer = load_tokenizer(folder)
         ids = {
             name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "mask", "cls", "sep")
         }
-        for name, value in ids.items():
-            if value is None:
-                raise DataError(f"{folder}: the tokenizer has no {name} token")
         every = tuple(sorted(set(tokenizer.all_special_ids)))
         if every[-1] >= vocab_size:
             raise DataError(f"{folder}: special token {every[-1]} is not below {vocab_size}")

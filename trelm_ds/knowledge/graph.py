@@ -331,7 +331,7 @@ def save_graph(
         withheld: int [*, 3] facts that must not be among ``triples``.
         aliases: (alias, entity index).
     Returns:
-        The manifest's ``graph`` entry; its sha256 is over entities, relations and triples.
+        The manifest's ``graph`` entry, with ``graph_digest``.
     Raises:
         DataError: an index is out of range or a withheld fact is a training triple.
     """
@@ -348,15 +348,20 @@ def save_graph(
         _, first = np.unique(_triple_codes(rows, *counts), return_index=True)
         save_array(path / f"{name}.npy", rows[first])
     graph = KnowledgeGraph.load(folder)
-    digest = hashlib.sha256()
-    for name in ("entities.tsv", "relations.tsv", "triples.npy"):
-        digest.update((path / name).read_bytes())
     return {
         "entities": graph.num_entities,
         "relations": graph.num_relations,
         "triples": len(graph.triples),
-        "sha256": digest.hexdigest(),
+        "sha256": graph_digest(folder),
     }
+
+
+def graph_digest(folder: str | Path) -> str:
+    """sha256 over a prepared folder's entities, relations and triples, as in its manifest."""
+    digest = hashlib.sha256()
+    for name in ("entities.tsv", "relations.tsv", "triples.npy"):
+        digest.update((Path(folder) / "graph" / name).read_bytes())
+    return digest.hexdigest()
 
 
 # Name: (dtype, shape); N entities, R relations, V vocabulary, S spans of the train split.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from trelm_ds.data.shards import ShardReader, load_manifest
+from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.distributed import barrier
 from trelm_ds.errors import ConfigError, DataError
 
@@ -222,16 +223,8 @@ def score_importance(
 
 def _token_ids(data_dir: Path, replacement: str) -> tuple[int, int]:
     """The replacement's and the pad token's id in the folder's tokenizer."""
-    from transformers import AutoTokenizer  # seconds to import
-
-    folder = data_dir / "tokenizer"
-    if not folder.is_dir():
-        raise DataError(f"{folder}: not found")
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    ids = getattr(tokenizer, f"{replacement}_token_id"), tokenizer.pad_token_id
-    if None in ids:
-        raise DataError(f"{folder}: the tokenizer has no {replacement} or no pad token")
-    return ids
+    tokenizer = load_tokenizer(data_dir / "tokenizer")
+    return getattr(tokenizer, f"{replacement}_token_id"), tokenizer.pad_token_id
 
 
 def _score_share(reader, indices: range, encoder: Encoder, **settings) -> np.ndarray:

@@ -180,9 +180,9 @@ def _score(args: argparse.Namespace) -> str:
     import torch
 
     from trelm_ds.config import build_config
+    from trelm_ds.data.tokenizer import load_tokenizer
     from trelm_ds.knowledge.importance import score_importance
     from trelm_ds.model import MaskedLanguageModel, load_backbone
-    from trelm_ds.prepare.vocabulary import load_tokenizer
 
     manifest = load_manifest(args.output)
     tokenizer = load_tokenizer(args.output / "tokenizer")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 
 from trelm_ds.data.shards import ShardReader, load_manifest
+from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.errors import DataError
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables, graph_digest
 from trelm_ds.prepare.builder import tokenizer_digest
-from trelm_ds.prepare.vocabulary import load_tokenizer
 
 
 def verify(folder: Path) -> str:
@@ -68,14 +67,11 @@ def verify(folder: Path) -> str:
 def _check_graph(folder: Path, manifest: dict) -> KnowledgeGraph:
     graph = KnowledgeGraph.load(folder)
     entry = manifest["graph"]
-    digest = hashlib.sha256()
-    for name in ("entities.tsv", "relations.tsv", "triples.npy"):
-        digest.update((folder / "graph" / name).read_bytes())
     found = {
         "entities": len(graph.entity_ids),
         "relations": len(graph.relation_ids),
         "triples": len(graph.triples),
-        "sha256": digest.hexdigest(),
+        "sha256": graph_digest(folder),
     }
     for name, value in found.items():
         if entry[name] != value:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -135,29 +136,6 @@ def load_vocabulary(path: Path):
             raise DataError(f"--vocab {path}: no {merges.name} beside it")
         return _roberta_from_files(path, merges)
     return _bert_from_file(path)
-
-
-def load_tokenizer(folder: Path):
-    """The tokenizer of a local folder; never a download, never code from the folder.
-
-    Raises:
-        DataError: it cannot be loaded, is not a fast one, or lacks a special token.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, use_fast=True
-        )
-    # transformers raises a dozen kinds of error for a broken folder; all mean the same here.
-    except Exception as error:
-        raise DataError(f"{folder}: no tokenizer: {' '.join(str(error).split())[:300]}") from None
-    if not tokenizer.is_fast:
-        raise DataError(f"{folder}: not a fast tokenizer (character offsets are needed)")
-    for name in ("cls_token_id", "sep_token_id", "mask_token_id", "pad_token_id", "unk_token_id"):
-        if getattr(tokenizer, name) is None:
-            raise DataError(f"{folder}: the tokenizer has no {name.removesuffix('_id')}")
-    return tokenizer
 
 
 def tokenizer_type(tokenizer) -> str:

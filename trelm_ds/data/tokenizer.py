@@ -1,0 +1,37 @@
+"""The one way a tokenizer is loaded: from a local folder, complete for masking and mentions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trelm_ds.errors import DataError, one_line
+
+SPECIAL_TOKENS = ("cls", "sep", "mask", "pad", "unk")
+
+
+def load_tokenizer(folder: str | Path):
+    """The tokenizer of a local folder; never a download, never code from the folder.
+
+    Returns:
+        A fast Hugging Face tokenizer with each of ``SPECIAL_TOKENS``.
+
+    Raises:
+        DataError: it cannot be loaded, is not a fast one, or lacks a special token.
+    """
+    from transformers import AutoTokenizer  # seconds to import; loader processes do without
+
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder, so there is no tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, use_fast=True
+        )
+    # transformers and tokenizers raise a dozen kinds of error, the bare class among them.
+    except Exception as error:
+        raise DataError(f"{folder}: tokenizer not loadable: {one_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise DataError(f"{folder}: not a fast tokenizer (character offsets are needed)")
+    for name in SPECIAL_TOKENS:
+        if getattr(tokenizer, f"{name}_token_id") is None:
+            raise DataError(f"{folder}: the tokenizer has no {name} token")
+    return tokenizer
