@@ -1,4 +1,4 @@
-"""Local memory of a mention (Eq. 4) and memory at the input (Eq. 7) against plain loops."""
+"""Local memory of a mention (Eq. 4) and the memory term (Eq. 7) against plain loops."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trelm_ds.memory.bank import MemoryRows
-from trelm_ds.memory.mixing import memory_input, mix
+from trelm_ds.memory.mixing import memory_input
 from trelm_ds.memory.window import local_memory
 
 BATCH, LENGTH, HIDDEN = 3, 40, 6
@@ -71,14 +71,13 @@ def rows():
     return MemoryRows(torch.randn(4, HIDDEN) * 7, torch.randn(4, HIDDEN) * 3, torch.arange(4))
 
 
-def test_mix_is_eq7_as_printed(rows):
-    injection, weight = torch.randn(4, HIDDEN), 0.25
-    got = mix(injection, rows, weight, 0.05, rescale="literal")
+def test_literal_rows_are_the_memory_term_of_eq7_as_printed(rows):
+    weight = 0.25
+    got = memory_input(rows, weight, 0.05, rescale="literal")
     for i in range(4):
         for j in range(HIDDEN):
             memory = rows.local[i, j].item() + rows.global_[i, j].item()
-            expected = (1 - weight) * injection[i, j].item() + weight / 2 * memory
-            assert got[i, j].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            assert got[i, j].item() == pytest.approx(weight / 2 * memory, rel=1e-5, abs=1e-6)
 
 
 def test_memory_rows_get_the_rms_of_the_embeddings(rows):
@@ -96,18 +95,3 @@ def test_memory_rows_get_the_rms_of_the_embeddings(rows):
 def test_a_zero_row_stays_zero(rows):
     rows.local[2] = rows.global_[2] = 0
     assert torch.equal(memory_input(rows, 0.5, 0.05)[2], torch.zeros(HIDDEN))
-
-
-def test_weight_zero_is_the_injection_untouched(rows):
-    """Evaluation and the end of the run: not even a NaN of the bank may reach the input."""
-    rows.local[0] = math.nan
-    injection = torch.randn(4, HIDDEN)
-    assert torch.equal(mix(injection, rows, 0.0, 0.05), injection)
-
-
-def test_mix_keeps_the_dtype_and_the_gradient_of_the_injection(rows):
-    injection = torch.randn(4, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
-    mixed = mix(injection, rows, 0.5, 0.05)
-    assert mixed.dtype == torch.bfloat16
-    mixed.float().sum().backward()
-    assert torch.equal(injection.grad, torch.full_like(injection, 0.5))

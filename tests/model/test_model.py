@@ -106,7 +106,7 @@ def test_backbone_from_a_local_folder(model_type, tmp_path):
     assert loaded.config._attn_implementation == "sdpa"
     for name, tensor in saved.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
-    with pytest.raises(DataError, match="60 tokens but the data folder's tokenizer has 61"):
+    with pytest.raises(DataError, match="vocabulary of 60 but .* one of 61"):
         load_backbone(config, VOCAB + 1, PAD)
 
 
@@ -163,8 +163,24 @@ def test_memory_mixing_is_eq_7(rescale, weight):
 def test_weight_zero_leaves_memory_out():
     model = make_model().eval()
     batch = make_batch()
+    memory = make_memory(batch)
+    memory.local[0] = math.nan  # evaluation and the end of a run: nothing of the bank gets in
     without = model._embed(batch, None, 0.0)
-    torch.testing.assert_close(model._embed(batch, make_memory(batch), 0.0), without)
+    torch.testing.assert_close(model._embed(batch, memory, 0.0), without, rtol=0, atol=0)
+
+
+def test_memory_scales_the_gradient_of_the_injection_and_keeps_its_dtype():
+    """Of Eq. 7 only (1 - lambda) h_e has a gradient: the rows are constants."""
+    model = make_model().eval()
+    batch = make_batch()
+    trained = list(model.injection.parameters())
+    weight, memory = 0.25, make_memory(batch)
+    mixed = torch.autograd.grad(model._embed(batch, memory, weight).sum(), trained)
+    alone = torch.autograd.grad(model._embed(batch, None, 0.0).sum(), trained)
+    for with_memory, without in zip(mixed, alone, strict=True):
+        torch.testing.assert_close(with_memory, (1 - weight) * without)
+        assert without.any()
+    assert model.bfloat16()._embed(batch, memory, weight).dtype == torch.bfloat16
 
 
 def test_memory_mixes_in_without_injection_too():

@@ -1,4 +1,4 @@
-"""Memory at the input: injection embedding and memory rows mixed by the weight lambda (Eq. 7)."""
+"""The memory term at the input, local and global rows weighted by lambda (Eq. 7)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ def memory_input(
     rows: MemoryRows, weight: float, embedding_rms: float | Tensor, rescale: str = "rms"
 ) -> Tensor:
     """The memory term of Eq. 7, lambda / 2 * (M_local + M_global).
+
+    The whole, I_p = (1 - lambda) h_e + lambda / 2 * (M_local + M_global), is put together by the
+    model, where h_e stands.
 
     Args:
         rows: of M mentions.
@@ -28,30 +31,6 @@ def memory_input(
     if rescale == "rms":
         local, global_ = _with_rms(local, embedding_rms), _with_rms(global_, embedding_rms)
     return weight / 2 * (local + global_)
-
-
-def mix(
-    injection: Tensor,
-    rows: MemoryRows,
-    weight: float,
-    embedding_rms: float | Tensor,
-    rescale: str = "rms",
-) -> Tensor:
-    """The embedding that replaces a mention's tokens (Eq. 7).
-
-    I_p = (1 - lambda) h_e + lambda / 2 (M_local + M_global).
-
-    Args:
-        injection: float [M, d], h_e: the knowledge embedding, or the token's own.
-        rows, weight, embedding_rms, rescale: as in :func:`memory_input`.
-
-    Returns:
-        [M, d] in the dtype of ``injection``; with weight 0 exactly ``injection``.
-    """
-    if weight == 0:
-        return injection
-    memory = memory_input(rows, weight, embedding_rms, rescale)
-    return (1 - weight) * injection + memory.to(injection.dtype)
 
 
 def _with_rms(rows: Tensor, rms: float | Tensor) -> Tensor:
