@@ -7,14 +7,20 @@ import os
 import sys
 from pathlib import Path
 
-from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError
+from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError, one_line
 
 TASKS = ("lama", "heldout")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ConfigError(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Scores of a masked language model without injection and memory."
+    parser = _Parser(
+        prog="launch/evaluate.py",
+        description="Scores of a masked language model without injection and memory.",
     )
     parser.add_argument(
         "task", choices=TASKS, help="lama: cloze P@1 of facts; heldout: MLM loss of unseen text"
@@ -31,8 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_args(argv)
         result = run(args)
     except TrelmError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,14 +52,31 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def run(args: argparse.Namespace) -> dict:
+def choose_device(name: str | None):
+    """The device called ``name``, tried; without a name the GPU if there is one."""
     import torch
 
-    from trelm_ds.model import MaskedLanguageModel, load_pretrained, load_tokenizer
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each backend has its own kinds
+        raise ConfigError(f"--device {name}: {one_line(error)}") from None
+    return device
 
+
+def run(args: argparse.Namespace) -> dict:
     if args.json and not args.json.parent.is_dir():
         raise ConfigError(f"--json {args.json}: no such folder")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for name in ("per_device_eval_batch_size", "eval_batches"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")
+    device = choose_device(args.device)
+
+    from trelm_ds.data.tokenizer import load_tokenizer
+    from trelm_ds.model import MaskedLanguageModel, load_pretrained
+
     model = MaskedLanguageModel(load_pretrained(args.model)).to(device)
     tokenizer = load_tokenizer(args.model)
     score = {"lama": score_lama, "heldout": score_heldout}[args.task]

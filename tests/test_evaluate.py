@@ -12,6 +12,7 @@ from tiny_corpus import write_tiny_corpus
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from trelm_ds.config import load_config
+from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.errors import DataError
 from trelm_ds.evaluate import (
     evaluate_heldout,
@@ -22,7 +23,7 @@ from trelm_ds.evaluate import (
     read_probe,
     single_tokens,
 )
-from trelm_ds.model import MaskedLanguageModel, build_backbone, load_pretrained, load_tokenizer
+from trelm_ds.model import MaskedLanguageModel, build_backbone, load_pretrained
 
 SHAPE = {
     "model.hidden_size": 16,
@@ -225,7 +226,7 @@ def _byte_level_tokenizer(folder):
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True), *words[:4]])
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"pad": "<pad>", "unk": "<unk>", "mask": "<mask>", "bos": "<s>", "eos": "</s>"}
+    names = {"pad": "<pad>", "unk": "<unk>", "mask": "<mask>", "cls": "<s>", "sep": "</s>"}
     settings = {f"{k}_token": v for k, v in names.items()}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -323,7 +324,23 @@ def test_command_line(repo, task, model, hf_folder, data, tmp_path, capsys):
         assert result["masked_tokens"] == tokens
 
 
-def test_command_line_errors_are_one_line(repo, data, tmp_path, capsys):
-    arguments = ["lama", "--model", str(tmp_path / "none"), "--data", str(data)]
-    assert _cli(repo, "evaluate")(arguments) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["lama", "--model", "none"], "model none: no such folder"),
+        (["lama", "--device", "gpu"], "--device gpu: "),
+        (["lama", "--device", "cuda:99"], "--device cuda:99: "),
+        (["lama", "--device", "meta"], "--device meta: "),
+        (["heldout", "--per_device_eval_batch_size", "0"], "eval_batch_size 0: must be at least 1"),
+        (["heldout", "--eval_batches", "-1"], "--eval_batches -1: must be at least 1"),
+        (["heldout", "--per_device_eval_batch_size", "x"], "invalid int value: 'x'"),
+        (["heldout", "--batch_size", "0"], "unrecognized arguments: --batch_size 0"),
+        (["chess"], "invalid choice: 'chess'"),
+    ],
+)
+def test_command_line_errors_are_one_line(repo, hf_folder, data, capsys, arguments, said):
+    task, *more = arguments
+    argv = [task, "--model", str(hf_folder), "--data", str(data), *more]
+    assert _cli(repo, "evaluate")(argv) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and err.startswith("error: ") and said in err and not out
