@@ -20,21 +20,23 @@ from trelm_ds.checkpoint import (
 from trelm_ds.distributed import World
 from trelm_ds.errors import CheckpointError
 
+RUNS = (("zero0", False), ("zero0", True), ("zero1", True), ("zero2", False), ("zero3", False))
+
 
 def write_runs(rank, world_size, data_dir, output_dir):
     """One run per ZeRO stage with checkpoints of steps 2 and 4; returns the final weights."""
     weights = {}
-    for name, bf16 in (("zero0", False), ("zero1", True), ("zero2", False), ("zero3", False)):
+    for name, bf16 in RUNS:
         trainer = make_trainer(
             data_dir,
-            output_dir / name,
+            output_dir / f"{name}-bf16" if bf16 else output_dir / name,
             zero=name,
             train__max_steps=4,
             train__save_steps=2,
             train__bf16=bf16,
         )
         trainer.train()
-        weights[name] = full_parameters(trainer)
+        weights[trainer.output_dir.name] = full_parameters(trainer)
         trainer.engine.destroy()
     return weights
 
@@ -58,7 +60,7 @@ def checkpointer(run_dir) -> Checkpointer:
     return Checkpointer(run_dir, World(0, 1, 0, "none"), {}, 2, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero0", "zero0-bf16", "zero1-bf16", "zero2", "zero3"])
 def test_the_full_model_is_read_from_any_stage(runs, name):
     folder, weights = runs
     state = load_model_state(folder / name / "checkpoints" / "step_00000004")

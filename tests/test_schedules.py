@@ -21,8 +21,10 @@ def test_memory_weight_is_zero_at_the_end_and_without_a_bank():
 
 
 def test_short_runs_count_virtual_epochs():
-    assert [memory_epoch(s, 80, 0, 1.5, 8) for s in (0, 9, 10, 79)] == [0, 0, 1, 7]
-    assert memory_epoch(79, 80, 5, 6.0, 8) == 5  # enough real epochs: those count
+    assert [memory_epoch(s / 80, 0, 1.5, 8) for s in (0, 9, 10, 79)] == [0, 0, 1, 7]
+    assert [memory_epoch(s / 600, 0, 1.5, 8) for s in range(0, 600, 75)] == list(range(8))
+    assert memory_epoch(79 / 80, 5, 6.0, 8) == 5  # enough real epochs: those count
+    assert memory_epoch(0.5, 5, None, 8) == 4  # a budget in hours: nobody knows the epochs
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import difflib
 import typing
 
 from trelm_ds.config import (
-    SECTIONS,
     Config,
     DataConfig,
     ModelConfig,
@@ -90,6 +89,3 @@ def parse_arguments(argv: list[str]) -> tuple[Config, argparse.Namespace]:
                 overrides[f"{section}.{f.name}"] = value
     overrides.update(parse_assignment(text) for text in args.set)
     return load_config(args.method, args.config, overrides), args
-
-
-assert set(FLAG_SECTIONS) <= set(SECTIONS)

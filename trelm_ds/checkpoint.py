@@ -144,7 +144,8 @@ class Checkpointer:
         name = checkpoint_name(state.step)
         final, temporary = self.folder / name, self.folder / f"{TEMPORARY}{name}"
         if self._world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in self.folder.glob(f"{TEMPORARY}*"):  # of saves that were killed
+                shutil.rmtree(left, ignore_errors=True)
             (temporary / "bank").mkdir(parents=True)
         barrier(self._group)
         problem = None
@@ -156,7 +157,7 @@ class Checkpointer:
             save_file(_rng_state(self._device), str(rng))
             if self._world.is_main:
                 self._write_main(temporary, state, engine, routing_state, extras)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError
             problem = f"{type(error).__name__}: {error}"
         if problem := _agree(problem, self._group):
             if self._world.is_main:
@@ -209,18 +210,19 @@ class Checkpointer:
         os.replace(temporary, final)
         _fsync(self.folder)
         _replace_text(self.folder / LATEST, final.name + "\n")
-        for old in self._published()[self._limit :]:
+        for old in self._published(but=final)[self._limit - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _published(self) -> list[Path]:
-        """Complete checkpoints, newest first."""
-        folders = [p.parent for p in self.folder.glob(f"step_*/{MANIFEST}")]
+    def _published(self, but: Path) -> list[Path]:
+        """The other complete checkpoints, newest first."""
+        folders = [p.parent for p in self.folder.glob(f"step_*/{MANIFEST}") if p.parent != but]
         return sorted(folders, key=lambda p: p.name, reverse=True)
 
-    # -- restoring ------------------------------------------------------------------------------
+    def oldest_step(self) -> int:
+        """Step of the oldest checkpoint that is kept; 0 if there is none."""
+        return min((int(p.name[5:]) for p in self.folder.glob("step_*")), default=0)
 
-    def has_any(self) -> bool:
-        return self.folder.is_dir() and any(self.folder.glob("step_*"))
+    # -- restoring ------------------------------------------------------------------------------
 
     def find(self, which: str) -> Path | None:
         """The checkpoint to resume from, the same on every rank, verified.
@@ -279,7 +281,20 @@ class Checkpointer:
         torch.set_rng_state(rng["cpu"])
         if self._device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"], self._device)
+        self._set_aside_after(folder)
         return TrainState(**{k: document[k] for k in asdict(TrainState())})
+
+    def _set_aside_after(self, folder: Path) -> None:
+        """Later checkpoints of this run belong to a branch that is left: ``latest`` must not
+        find them again once this one goes on."""
+        if self._world.is_main and folder.resolve().parent == self.folder.resolve():
+            for later in self.folder.glob("step_*"):
+                if later.name > folder.name:
+                    logger.warning("setting %s aside: the run goes on from %s", later, folder.name)
+                    aside = later.with_name(f"abandoned-{later.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(later, aside)
+        barrier(self._group)
 
     def _check_identity(self, folder: Path, document: dict, engine) -> None:
         saved = dict(document.get("identity", {}))
@@ -343,6 +358,20 @@ def _silence():
         yield
 
 
+def _replicated_state(folder: Path) -> dict[str, torch.Tensor]:
+    """ZeRO 0: rank 0 holds everything; in bf16 the float32 masters are in the optimizer's part."""
+    shard = torch.load(
+        folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
+    )
+    state, optimizer = shard["module"], shard.get("optimizer") or {}
+    masters = optimizer.get("fp32_groups")
+    if masters:
+        groups = optimizer["optimizer_state_dict"]["param_groups"]
+        for group, tensors in zip(groups, masters, strict=True):
+            state.update(zip(group["names"], tensors, strict=True))
+    return state
+
+
 def load_model_state(folder: str | Path) -> dict[str, torch.Tensor]:
     """The full model in float32 from any checkpoint of this project, whatever its ZeRO stage.
 
@@ -358,11 +387,8 @@ def load_model_state(folder: str | Path) -> dict[str, torch.Tensor]:
     if problem:
         raise CheckpointError(problem)
     document = json.loads((folder / STATE).read_text())
-    if document["zero_stage"] == 0 and not document["bf16"]:
-        shard = torch.load(
-            folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
-        )
-        state = shard["module"]
+    if document["zero_stage"] == 0:
+        state = _replicated_state(folder)
     else:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

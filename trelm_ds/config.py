@@ -86,6 +86,15 @@ class ModelConfig:
         ):
             _require(getattr(self, name) > 0, f"model.{name} must be positive")
         _require(
+            self.max_position_embeddings >= 8, "model.max_position_embeddings must be at least 8"
+        )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            _fraction(f"model.{name}", getattr(self, name))
+        _require(
+            self.initializer_range is None or self.initializer_range > 0,
+            "model.initializer_range must be positive",
+        )
+        _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"model.hidden_size {self.hidden_size} is not a multiple of "
             f"model.num_attention_heads {self.num_attention_heads}",
@@ -110,6 +119,7 @@ class DataConfig:
             _fraction("data.mention_mask_probability", self.mention_mask_probability)
         _require(self.max_seq_length >= 8, "data.max_seq_length must be at least 8")
         _require(self.num_workers >= 0, "data.num_workers must not be negative")
+        _require(self.pad_to_multiple_of >= 1, "data.pad_to_multiple_of must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -132,6 +142,7 @@ class InjectionConfig:
         _fraction("injection.probability", self.probability)
         if self.quantile is not None:
             _fraction("injection.quantile", self.quantile)
+        _require(self.text_length >= 3, "injection.text_length must be at least 3")
         _require(self.max_per_128_tokens >= 1, "injection.max_per_128_tokens must be at least 1")
 
 
@@ -273,6 +284,11 @@ class TrainConfig:
         _choice("train.report_to", self.report_to, ("tensorboard", "wandb", "csv", "none"))
         for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
+        for name in ("logging_steps", "eval_batches"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
+        for name in ("eval_steps", "save_steps", "max_grad_norm", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"train.{name} must not be negative")
+        _require(self.max_hours is None or self.max_hours > 0, "train.max_hours must be positive")
         for name in ("learning_rate", "adam_epsilon"):
             _require(getattr(self, name) > 0, f"train.{name} must be positive")
         _require(self.save_total_limit >= 1, "train.save_total_limit must be at least 1")

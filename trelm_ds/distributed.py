@@ -79,9 +79,8 @@ def get_world(env: dict | None = None) -> World:
         raise ConfigError(f"rank {rank} is not below the world size {size}")
     for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local_rank)):
         env[name] = str(value)
-    env.setdefault(
-        "LOCAL_SIZE", env.get("LOCAL_WORLD_SIZE", "1" if launcher != "slurm" else str(size))
-    )
+    per_node = env.get("SLURM_NTASKS_PER_NODE", str(size)) if launcher == "slurm" else "1"
+    env.setdefault("LOCAL_SIZE", env.get("LOCAL_WORLD_SIZE", per_node))
     return World(rank, size, local_rank, launcher)
 
 

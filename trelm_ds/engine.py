@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -186,6 +187,18 @@ def init_distributed(world: World, device: torch.device) -> None:
         rank=world.rank,
         world_size=world.size,
     )
+
+
+@contextlib.contextmanager
+def gathered(engine, parameter: torch.nn.Parameter):
+    """Makes a parameter whole for reading; ZeRO-3 has it in parts. Collective there."""
+    if engine.zero_optimization_stage() < 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
 
 
 def build_engine(model: torch.nn.Module, optimizer, ds_config: dict):

@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import multiprocessing
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ class HardNegatives:
         tables: entity names as tokens.
         folder: for snapshots and tables; shared by the ranks, kept between starts of a run.
         world, group: this process's place, and a host-side group.
+        oldest_checkpoint: step of the oldest checkpoint kept: its table must be kept too.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class HardNegatives:
         folder: Path,
         world: World,
         group,
+        oldest_checkpoint: Callable[[], int],
     ):
+        self._oldest_checkpoint = oldest_checkpoint
         self._count = config.decoding.hard_negatives
         self._interval = config.decoding.hard_negative_refresh_steps
         self._delay = max(1, self._interval // 2)
@@ -68,7 +72,16 @@ class HardNegatives:
         return self._folder / f"bank-{version:08d}"
 
     def resume(self, step: int) -> None:
-        """Takes up the table in use at ``step`` and a build that was under way. Collective."""
+        """Takes up the table in use at ``step`` and a build that was under way. Collective.
+
+        A run that starts at step 0 forgets what an earlier one left in the folder. A table that
+        is gone (a run resumed in another folder) is warned about and done without.
+        """
+        if step == 0:
+            if self._world.is_main:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            barrier(self._group)
+            return
         last = (step - 1) // self._interval * self._interval  # newest version begun before
         if last >= self._interval and step <= last + self._delay:
             self._start_build(last)
@@ -113,7 +126,11 @@ class HardNegatives:
         self._table.activate(version, lambda ready: all(gather_objects(ready, self._group)))
         if self._world.is_main:
             shutil.rmtree(self._snapshot(version), ignore_errors=True)
-            table_path(self._folder, version - 2 * self._interval).unlink(missing_ok=True)
+            first = max(0, self._oldest_checkpoint() - 2 * self._interval)
+            oldest = table_path(self._folder, first)
+            for path in self._folder.glob("neighbours-*"):
+                if path.name < oldest.name:
+                    path.unlink(missing_ok=True)
 
     def apply(self, batch: Batch, step: int) -> Batch:
         """The micro-batch with its hard negatives; unchanged while there is no table."""

@@ -13,7 +13,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Dense bf16 peaks in FLOP/s, from the vendors' data sheets; matched against the device name.
+# Dense bf16 peaks in FLOP/s, from the vendors' data sheets; matched against the device name. MFU is
+# quoted against them in float32 runs too.
 GPU_PEAK_FLOPS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -114,7 +115,7 @@ class Stopwatch:
 
 
 class RollingRate:
-    """Units per second over the last intervals, the warm-up left out."""
+    """Units per second over the last intervals."""
 
     def __init__(self, window: int = 20):
         self._samples: deque[tuple[float, float]] = deque(maxlen=window)
@@ -157,7 +158,8 @@ class MetricLog:
         if not self._enabled:
             return
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            clean = {k: None if v != v else v for k, v in values.items()}  # NaN is not JSON
+            file.write(json.dumps({"step": step, **clean}) + "\n")
         if self._monitor is not None and self._monitor.enabled:
             events = [(k, v, step) for k, v in values.items() if isinstance(v, (int, float))]
             self._monitor.write_events(events)

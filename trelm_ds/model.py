@@ -340,6 +340,7 @@ class TrelmModel(MaskedLanguageModel):
         if config.decoding.enabled:
             self.decoder = RelationalDecoder(hidden_size, num_relations, config.decoding.scale)
         self.prior = TokenPrior(log_q)
+        self.refresh_embedding_rms()
         apply_scope(self, config.routing)
 
     @classmethod
@@ -383,12 +384,19 @@ class TrelmModel(MaskedLanguageModel):
             has_triple = batch.injection_role[owner] != ROLE_NONE
             values = torch.where(has_triple[:, None], injected.to(values.dtype), values)
         if use_memory:
-            # Of the embeddings as they are now, over the text the rows sit in: under ZeRO-3 the
-            # table itself is never whole here.
-            text_rms = masked_rms(embeds.detach(), batch.attention_mask)
-            mixed = memory_input(memory, memory_weight, text_rms, self.config.memory.rescale)
+            mixed = memory_input(
+                memory, memory_weight, self.embedding_rms, self.config.memory.rescale
+            )
             values = (1.0 - memory_weight) * values + mixed[owner].to(values.dtype)
         return flat.index_copy(0, positions, values).view_as(embeds)
+
+    @torch.no_grad()
+    def refresh_embedding_rms(self) -> None:
+        """Takes the RMS of E that memory rows are scaled to (Eq. 7), once per optimizer step.
+
+        Not in the forward: under ZeRO-3 the table is whole only where the caller gathers it.
+        """
+        self.embedding_rms = rms(self.word_embeddings.weight)
 
     def _knowledge(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The other entity's and the relation's vectors, float [M, input] each."""
@@ -621,12 +629,6 @@ def parameter_groups(model: TrelmModel, weight_decay: float) -> list[dict]:
 def rms(values: torch.Tensor) -> torch.Tensor:
     """Root mean square of all entries, in float32."""
     return values.float().pow(2).mean().sqrt()
-
-
-def masked_rms(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Root mean square over the real tokens (mask [B, S] not 0) of states [B, S, hidden]."""
-    per_token = states.float().pow(2).mean(-1)
-    return ((per_token * mask).sum() / mask.sum()).sqrt()
 
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -110,6 +110,7 @@ def _dry_run(config: Config, ds_config: dict, world: World) -> None:
     if not world.is_main:
         return
     from trelm_ds.data.shards import load_manifest
+    from trelm_ds.engine import zero_stage
     from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
     from trelm_ds.model import TrelmModel
     from trelm_ds.routing.controller import refuse_unsupported
@@ -119,7 +120,7 @@ def _dry_run(config: Config, ds_config: dict, world: World) -> None:
     if config.data.data_dir is None:
         ensure_sample(data)
     manifest = load_manifest(data)
-    refuse_unsupported(config, ds_config.get("zero_optimization", {}).get("stage", 0))
+    refuse_unsupported(config, zero_stage(ds_config))
     model = TrelmModel.build(config, data, KnowledgeGraph.load(data), KnowledgeTables.load(data))
     keys = manifest["graph"]["entities"] + manifest["long_tail_words"]
     print(describe_run(config, ds_config, world.size, model, keys))
@@ -191,6 +192,19 @@ def _print_summary(output: Path, trainer) -> None:
     logger.info("  plot            %s", output / "curves.png")
 
 
+def _report(error: Exception) -> None:
+    """One line on stderr. Ranks fail alike on flags and files, and rank 0 says so for all; once
+    they have data of their own, each speaks for itself."""
+    from trelm_ds.distributed import is_initialised
+
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {error}", file=sys.stderr)
+    elif is_initialised():
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
+    logger.debug("traceback", exc_info=error)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point: signals first, one line per user error, then the exit code."""
     from trelm_ds.stopping import StopRequest
@@ -199,13 +213,9 @@ def main(argv: list[str] | None = None) -> int:
     stop.install()
     try:
         code = run(sys.argv[1:] if argv is None else argv, stop)
-    except TrelmError as error:
-        # Ranks fail alike on bad input: one of them says so.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            logger.warning("error: %s", error)
-        code = error.exit_code
+    except (TrelmError, OSError) as error:
+        _report(error)
+        code = getattr(error, "exit_code", 1)
     except Exception:
         logger.exception("rank %s failed", os.environ.get("RANK", "0"))
         code = 1

@@ -29,19 +29,18 @@ def learning_rate(progress: float, config: TrainConfig) -> float:
     return config.learning_rate * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share)
 
 
-def memory_epoch(step: int, total_steps: int, epoch: int, total_epochs: float, virtual: int) -> int:
+def memory_epoch(progress: float, epoch: int, total_epochs: float | None, virtual: int) -> int:
     """q of Eq. 8: the epoch, or a virtual one in runs of fewer than four epochs.
 
     Args:
-        step: optimizer steps done.
-        total_steps: length of the run.
+        progress: share of the run's budget that is spent.
         epoch: epoch of the first sample of the step's global batch.
-        total_epochs: epochs the whole run makes.
-        virtual: virtual epochs of a short run; one lasts ``total_steps / virtual`` steps.
+        total_epochs: epochs the whole run makes; None: not known, the budget is in hours.
+        virtual: virtual epochs of a short run, equal shares of its budget.
     """
-    if total_epochs >= FEW_EPOCHS:
+    if total_epochs is not None and total_epochs >= FEW_EPOCHS:
         return epoch
-    return step * virtual // max(1, total_steps)
+    return math.floor(progress * virtual + 1e-9)
 
 
 def memory_weight(q: int, progress: float, config: MemoryConfig) -> float:

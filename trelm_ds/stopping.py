@@ -6,7 +6,7 @@ import signal
 
 
 class StopRequest:
-    """Set by SIGUSR1, SIGTERM or SIGINT. Installed first thing, before anything is imported:
+    """Set by SIGUSR1, SIGTERM or SIGINT. Installed as early as possible, because
     SIGUSR1's default action would end the process."""
 
     def __init__(self):

@@ -22,12 +22,14 @@ from trelm_ds.config import Config
 from trelm_ds.data.loader import StepLoader, heldout_batches
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.distributed import World, barrier, cpu_group, gather_objects, gather_vector
+from trelm_ds.engine import gathered
 from trelm_ds.errors import DataError
 from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
 from trelm_ds.export import export_model, last_evaluation
 from trelm_ds.hard_negatives import HardNegatives
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.memory.bank import MemoryBank
+from trelm_ds.memory.budget import require_memory, required_bytes
 from trelm_ds.metrics import (
     MetricLog,
     RollingRate,
@@ -47,6 +49,15 @@ from trelm_ds.zero_layout import routed_fragments
 
 logger = logging.getLogger(__name__)
 
+# Keys a resumed run may change: where things are, what is reported, how the work is laid out.
+FREE_ON_RESUME = {
+    *("data.data_dir", "data.num_workers", "model.model_name_or_path", "model.attn_implementation"),
+    *("model.gradient_checkpointing", "memory.device", "memory.max_gib", "routing.audit_steps"),
+    *("train.output_dir", "train.logging_steps", "train.eval_steps", "train.eval_batches"),
+    *("train.save_steps", "train.save_total_limit", "train.resume_from_checkpoint"),
+    *("train.report_to", "train.export", "train.bf16", "train.max_hours"),
+    *("train.per_device_train_batch_size", "train.gradient_accumulation_steps"),
+}
 MAX_SKIPPED_IN_A_ROW = 5  # non-finite steps before the run gives up
 
 
@@ -101,8 +112,11 @@ class Trainer:
         self.state = TrainState()
         self.control = cpu_group()
         self._skipped_in_a_row = 0
-        self._finite = True
+        # Whether the last step's losses and gradients were finite; read a step later, so that a
+        # GPU is not waited for in between.
+        self._finite: bool | torch.Tensor = True
         self._saved: int | None = None  # step of the newest checkpoint of this process
+        self._evaluated: int | None = None  # step of the newest evaluation
 
         stage = engines.zero_stage(ds_config)
         refuse_unsupported(config, stage)
@@ -111,6 +125,7 @@ class Trainer:
         self.tables = KnowledgeTables.load(self.data_dir)
         torch.manual_seed(config.train.seed)  # equal initial weights on all ranks
         self.model = TrelmModel.build(config, self.data_dir, self.graph, self.tables)
+        self.model.to(device)
         ensure_importance(self.model, config, self.data_dir, self.manifest, world, self.control)
         self.tables = KnowledgeTables.load(self.data_dir)
         self.loader = StepLoader(
@@ -133,6 +148,7 @@ class Trainer:
                 self.output_dir / "neighbours",
                 world,
                 self.control,
+                oldest_checkpoint=lambda: self.checkpoints.oldest_step(),
             )
         self.routing = RoutingController(
             config.routing,
@@ -150,7 +166,6 @@ class Trainer:
             eps=train.adam_epsilon,
         )
         self.optimizer = optimizer
-        self.model.to(device)
         self.engine = engines.build_engine(self.model, optimizer, ds_config)
         routed = config.routing.form not in ("none", "frozen")
         named = [(p, layer, kind) for layer, kind, p in self.model.routed_parameters()]
@@ -185,7 +200,15 @@ class Trainer:
     def _build_bank(self) -> MemoryBank | None:
         if not self.config.memory.enabled:
             return None
-        on_cpu = self.config.memory.device == "cpu" or self.device.type == "cpu"
+        settings = self.config
+        require_memory(
+            self.loader.num_keys,
+            self.model.hidden_size,
+            self.world.size,
+            mentions_per_step(settings),
+            settings.memory.max_gib,
+        )
+        on_cpu = settings.memory.device == "cpu" or self.device.type == "cpu"
         bank = MemoryBank(
             self.loader.num_keys,
             self.model.hidden_size,
@@ -197,20 +220,22 @@ class Trainer:
         return bank
 
     def _identity(self) -> dict:
-        """What a checkpoint and the run that resumes it must share."""
+        """What a checkpoint and the run that resumes it must share: all that decides the result."""
+        flat = {
+            f"{section}.{key}": value
+            for section, body in self.config.to_dict().items()
+            if isinstance(body, dict)
+            for key, value in body.items()
+            if f"{section}.{key}" not in FREE_ON_RESUME
+        }
+        backbone = self.model.backbone.config
+        shape = ("model_type", "vocab_size", "hidden_size", "intermediate_size")
+        shape += ("num_hidden_layers", "num_attention_heads", "hidden_dropout_prob")
         return {
             "dataset_id": self.manifest["dataset_id"],
-            "seed": self.config.train.seed,
             "global_batch": self.loader.global_batch,
-            "keys": self.loader.num_keys,
-            "vocab_size": self.model.backbone.config.vocab_size,
-            "hidden_size": self.model.hidden_size,
-            "layers": self.model.backbone.config.num_hidden_layers,
-            "method": {
-                name: self.config.to_dict()[name]
-                for name in ("injection", "decoding", "memory", "routing")
-            },
-            "max_steps": self.config.train.max_steps,
+            "backbone": {key: getattr(backbone, key) for key in shape},
+            **flat,
         }
 
     # -- the run --------------------------------------------------------------------------------
@@ -222,19 +247,20 @@ class Trainer:
         if found is not None:
             self.state = self.checkpoints.restore(found, self.engine, self.bank, self.routing)
             logger.info("resumed from %s at step %d", found, self.state.step)
-            if self.hard_negatives is not None:
-                self.hard_negatives.resume(self.state.step)
         elif which:
             logger.info("no checkpoint in %s yet: starting from step 0", self.checkpoints.folder)
+        if self.hard_negatives is not None:
+            self.hard_negatives.resume(self.state.step)
         self.log = MetricLog(
             self.output_dir / "metrics.jsonl",
             self.world.is_main,
-            resume_step=self.state.step if found else None,
+            resume_step=self.state.step if found else -1,  # a start from scratch keeps no line
             monitor=getattr(self.engine, "monitor", None),
         )
 
     @property
     def done(self) -> bool:
+        """Whether the restored state has nothing left to do; the same on every rank."""
         train = self.config.train
         out_of_time = train.max_hours is not None and self.state.clock_s >= train.max_hours * 3600
         return self.state.step >= train.max_steps or out_of_time
@@ -251,28 +277,33 @@ class Trainer:
         if self.state.step == 0:
             self.evaluate()
         batches = self.loader.iterate(self.state.step)
-        stopped = False
-        while not self.done:
+        plan, stopped = None, False
+        while self.state.step < train.max_steps:
             started = time.perf_counter()
             self._interval.watch.start("data")
             micro_batches = next(batches)
             self._interval.watch.stop("data")
-            plan, stopped = self._plan(micro_batches)
-            if stopped:
+            # Only what the ranks agreed on in the plan decides: their own clocks differ.
+            ahead, stopped = self._plan(micro_batches)
+            if stopped or ahead.progress >= 1.0:
                 break
+            plan = ahead
             self._step(micro_batches, plan)
-            self.state.clock_s += time.perf_counter() - started
-            self._interval.seconds += time.perf_counter() - started
-            last = self.done
-            if self.state.step % train.logging_steps == 0 or last:
+            seconds = time.perf_counter() - started
+            self.state.clock_s += seconds
+            self._interval.seconds += seconds
+            step, last = self.state.step, self.state.step == train.max_steps
+            if step % train.logging_steps == 0:
                 self._log_interval(plan)
-            if last or (train.eval_steps and self.state.step % train.eval_steps == 0):
+            if train.eval_steps and step % train.eval_steps == 0:
                 self.evaluate()
-            if train.save_steps and self.state.step % train.save_steps == 0 and not last:
+            if train.save_steps and step % train.save_steps == 0 and not last:
                 self.save()
-        close = getattr(batches, "close", None)
-        if close:
-            close()
+        batches.close()
+        if self._interval.steps:
+            self._log_interval(plan)
+        if not stopped and self._evaluated != self.state.step:
+            self.evaluate()
         self.save()
         return not stopped
 
@@ -298,10 +329,9 @@ class Trainer:
             progress = max(progress, state.clock_s / (train.max_hours * 3600))
         share = self.world.size * len(micro_batches)
         q = memory_epoch(
-            state.step,
-            train.max_steps,
+            progress,
             self.loader.epoch_of_step(state.step),
-            self.loader.epochs(train.max_steps),
+            None if train.max_hours is not None else self.loader.epochs(train.max_steps),
             self.config.memory.virtual_epochs,
         )
         plan = StepPlan(
@@ -341,7 +371,10 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = plan.lr
         self.model.train()
-        self.routing.begin_step(plan.step)
+        self.routing.begin_step(plan.step, plan.progress)
+        if plan.memory_weight > 0:
+            with gathered(self.engine, self.model.word_embeddings.weight):
+                self.model.refresh_embedding_rms()
         if self.hard_negatives is not None:
             self.hard_negatives.begin_step(plan.step)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
@@ -375,10 +408,14 @@ class Trainer:
             self.engine.step()
             watch.stop("optimizer")
         self.state.step += 1
-        self._finish_step(plan, bool(finite))
+        self._finish_step(plan, finite)
 
-    def _finish_step(self, plan: StepPlan, finite: bool) -> None:
+    def _finish_step(self, plan: StepPlan, finite: torch.Tensor) -> None:
         """Commits the memory and the paths of an applied step, drops those of a skipped one."""
+        self._grad_norm = self.engine.get_global_grad_norm()
+        if self._grad_norm is not None:
+            norm = torch.as_tensor(self._grad_norm, device=self.device)
+            finite = finite & torch.isfinite(norm)
         self._finite = finite
         applied = self.engine.was_step_applied()
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
@@ -401,14 +438,12 @@ class Trainer:
     def _log_interval(self, plan: StepPlan) -> None:
         interval = self._interval
         values = interval.metrics(self.model.backbone.config, self.control)
-        norm = self.engine.get_global_grad_norm()
         values["train/lr"] = plan.lr
-        values["train/grad_norm"] = None if norm is None else float(norm)
+        values["train/grad_norm"] = None if self._grad_norm is None else float(self._grad_norm)
         if not self.config.decoding.enabled:
             values.pop("train/cka_loss")
         values["train/tokens_seen"] = self.state.tokens_seen
         values["train/skipped_steps"] = self.state.step - self.state.applied_steps
-        values["data/quarantined_total"] = 0  # a damaged sample ends the run, see docs
         if self.bank is not None:
             values["bank/entities"] = self.bank.visited()  # collective
             values["bank/lambda"] = plan.memory_weight
@@ -439,6 +474,7 @@ class Trainer:
             group=self.control,
         )
         self.model.train()
+        self._evaluated = self.state.step
         self.log.write(self.state.step, {"time_s": self.state.clock_s, **values})
         logger.info(
             "eval at step %d | %s",
@@ -535,6 +571,14 @@ class Interval:
         return values
 
 
+def mentions_per_step(config: Config) -> int:
+    """Most mentions a rank handles in an optimizer step: the cap K, and as many long-tail words."""
+    train = config.train
+    sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    per_sequence = config.injection.max_per_128_tokens * math.ceil(config.data.max_seq_length / 128)
+    return sequences * 2 * per_sequence
+
+
 IMPORTANCE_AUTO_LIMIT = 200_000  # spans that are scored at start-up without being asked to
 
 
@@ -599,11 +643,15 @@ def estimate_memory(
     else:
         stored = tokens * layers * per_token_layer
     masked = math.ceil(tokens * config.data.mlm_probability)
+    bank = 0
+    if config.memory.enabled:
+        parts = required_bytes(num_keys, hf.hidden_size, world_size, mentions_per_step(config))
+        bank = sum(parts.values())
     master = 4 * trained if (bf16 or stage > 0) else 0
     return {
         "weights": width * total / (world_size if stage == 3 else 1),
         "gradients": width * trained / (world_size if stage >= 2 else 1),
         "optimizer": (8 * trained + master) / (world_size if stage >= 1 else 1),
         "activations": width * stored + 4 * masked * hf.vocab_size * 2,
-        "memory bank": 8 * num_keys * hf.hidden_size / world_size if config.memory.enabled else 0,
+        "memory bank": bank,
     }

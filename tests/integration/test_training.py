@@ -8,6 +8,8 @@ from integration.runs import NO_DROPOUT, digest, full_parameters, losses, make_t
 from multiprocess import run_ranks
 from tiny_corpus import write_tiny_corpus
 
+from trelm_ds.metrics import read_metrics
+
 FP32_CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
@@ -232,6 +234,40 @@ def test_off_path_entries_and_moments_are_bit_identical_under_zero2_on_two_ranks
         assert all(changed for _, changed in report)
 
 
+def timed_run(rank, world_size, data_dir, output_dir):
+    """A budget in hours, on ranks whose clocks disagree."""
+    trainer = make_trainer(data_dir, output_dir, train__max_hours=1.0, train__max_steps=1000)
+    step = trainer._step
+
+    def slow_step(micro_batches, plan):
+        step(micro_batches, plan)
+        trainer.state.clock_s += 900 if rank else 100  # a quarter of the hour on rank 1
+
+    trainer._step = slow_step
+    assert trainer.train() is True
+    return trainer.state.step, [r["step"] for r in read_metrics(output_dir / "metrics.jsonl")]
+
+
+def test_a_budget_in_hours_ends_all_ranks_at_the_same_step(data_dir, tmp_path):
+    for steps, logged in run_ranks(timed_run, 2, data_dir, tmp_path / "run"):
+        assert steps == 4
+        assert logged == [0, 1, 2, 3, 4, 4]  # evaluations at the start and the end
+
+
+def go_back(rank, world_size, data_dir, output_dir):
+    """Resume from an older checkpoint: the newer one must not be found again."""
+    settings = {"train__max_steps": 6, "train__save_steps": 2, "train__save_total_limit": 5}
+    make_trainer(data_dir, output_dir, **settings).train()
+    older = str(output_dir / "checkpoints" / "step_00000002")
+    trainer = make_trainer(data_dir, output_dir, train__resume_from_checkpoint=older, **settings)
+    assert trainer.state.step == 2
+    return trainer.checkpoints.find("latest").name
+
+
+def test_the_branch_a_run_has_left_is_set_aside(data_dir, tmp_path):
+    assert run_ranks(go_back, 1, data_dir, tmp_path / "run") == ["step_00000002"]
+
+
 def refuse_foreign(rank, world_size, data_dir, output_dir):
     from trelm_ds.errors import CheckpointError
 
@@ -255,6 +291,6 @@ def refuse_foreign(rank, world_size, data_dir, output_dir):
 
 def test_a_checkpoint_of_another_run_is_refused_with_each_difference(data_dir, tmp_path):
     ((seed, zero, method),) = run_ranks(refuse_foreign, 1, data_dir, tmp_path)
-    assert "seed was 42 and is 7" in seed
+    assert "train.seed was 42 and is 7" in seed
     assert "zero_stage was 2 and is 1" in zero
-    assert "method was" in method
+    assert "memory.enabled was True and is False" in method and "routing.form was" in method

@@ -37,7 +37,7 @@ def test_head_subtracts_and_tail_adds_the_relation():
 
 
 def test_injected_vectors_start_at_the_scale_of_word_embeddings():
-    model = make_model()
+    model = make_model(model__initializer_range=0.02)
     other, relation = model.tables(torch.arange(7), torch.arange(7) % 3)
     injected = model.injection(other, relation, torch.ones(7, dtype=torch.int64))
     # make_model perturbs the embeddings after injection is built; compare with a fresh one.

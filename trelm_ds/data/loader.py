@@ -36,6 +36,7 @@ from trelm_ds.errors import ConfigError, DataError
 if TYPE_CHECKING:  # a floor above: only the names, for the reader
     from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 
+_HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # the training process acts on these
 _PREFETCHED_MICRO_BATCHES = 4  # per loader process
 _HELDOUT_SEED = 0  # not the run's: every run is scored on the same masked positions
 
@@ -156,19 +157,18 @@ def _as_is(arrays):
 def _ignore_signals(worker: int) -> None:
     # A scheduler signals the whole process group; the training process decides what it means,
     # and needs its batches to reach the next step boundary.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in _HELD:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def _signals_held():
     """Blocks the scheduler's signals in processes started inside, until they ignore them."""
-    signals = {signal.SIGTERM, signal.SIGUSR1}
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     try:
         # multiprocessing starts this helper with its first process, and unblocks SIGTERM then.
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
@@ -350,6 +350,8 @@ def heldout_batches(
     Raises:
         DataError, ConfigError: as ``StepLoader``.
     """
+    if load_manifest(data_dir)["splits"].get(split, {"samples": 0})["samples"] < 1:
+        return []  # nothing held out: there is no held-out loss to report
     reader, manifest = _open_split(config, data_dir, graph, tables, split, verify=True)
     vocab_size = manifest["tokenizer"]["vocab_size"]
     special = SpecialTokens.load(data_dir, vocab_size)

@@ -196,17 +196,21 @@ class MentionSampler:
             inject_draw, triple_draw, *decode_draws = draws[number]
             triple = self._choose_triple(key, near, triple_draw)
             role, relation, other = ROLE_NONE, 0, 0
+            asked = []
+            if config.decoding.enabled and triple:
+                asked = self._triples_to_decode(sample, epoch, number, triple, decode_draws)
+            for how, via, entity in asked:
+                inverse = graph.num_relations if how == ROLE_TAIL else 0
+                decoded.append((len(rows), via + inverse, entity))
+            # "different" asks for what was not given: a mention with one answer only is asked.
+            gives_away = config.decoding.triple == "different" and any(
+                entity == triple[2] for _, _, entity in asked
+            )
             inject = bool(inject_draw < config.injection.probability)
-            if inject and triple and config.injection.form != "none":
+            if inject and triple and config.injection.form != "none" and not gives_away:
                 role, relation, other = triple
             # Without a triple there is only memory to mix in.
             inject = inject and (role != ROLE_NONE or config.memory.enabled)
-            if config.decoding.enabled and triple:
-                for how, via, entity in self._triples_to_decode(
-                    sample, epoch, number, triple, decode_draws
-                ):
-                    inverse = graph.num_relations if how == ROLE_TAIL else 0
-                    decoded.append((len(rows), via + inverse, entity))
             rows.append((left, right, key, inject, role, relation, other))
         mentions = np.array(rows, dtype=np.int64).reshape(-1, 7)
         decode = np.array(decoded, dtype=np.int64).reshape(-1, 3)

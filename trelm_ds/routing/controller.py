@@ -129,11 +129,15 @@ class RoutingController:
 
     # ---- the step --------------------------------------------------------------------------
 
-    def begin_step(self, step: int) -> None:
-        """Opens optimizer step ``step`` (0-based). Collective when a block rotates."""
+    def begin_step(self, step: int, progress: float | None = None) -> None:
+        """Opens optimizer step ``step`` (0-based). Collective when a block rotates.
+
+        ``progress``: share of the run's budget spent, for ``routing.start``; None: by steps.
+        """
         form = self.config.form
         self.step = step
-        self.routed = form not in DENSE_FORMS and step >= self.first_step
+        late = step >= self.first_step if progress is None else progress >= self.config.start - 1e-9
+        self.routed = form not in DENSE_FORMS and late
         self._micro_batch = 0
         self._reference = None
         if not self.routed:
