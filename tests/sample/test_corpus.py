@@ -44,7 +44,7 @@ def sentences_of(text):
 
 
 def test_is_large_enough(corpus):
-    assert len(corpus.documents) == 12000
+    assert len(corpus.documents) == 6000
     assert len(corpus.graph.entities) >= 800
     assert len(corpus.graph.relations) >= 12
     assert len(corpus.graph.triples) >= 2500
@@ -84,14 +84,14 @@ def test_every_span_is_a_name_of_its_entity(corpus):
             assert text in names or text in [n[0].upper() + n[1:] for n in names], (text, entity)
             mentions += 1
             by_alias += text[1:] != entity.name[1:]
-    assert 0.05 < by_alias / mentions < 0.3
+    assert 0.01 < by_alias / mentions < 0.3
 
 
 def test_articles(corpus):
     text = " ".join(document.text for document in corpus.documents)
     assert "flows through the the" not in text
     assert re.search(r"\bthe Netherlands\b", text)
-    assert re.search(r"\bthe Danube\b", text)
+    assert re.search(r"\bthe (lion|tiger)\b", text)
     assert not re.search(r"\b(in|borders|from) Netherlands\b", text)
     assert not re.search(r"\ba (actinide|oratorio|economist|insect)\b", text)
     assert not re.search(r"\ban (Uralic|mammal|novel)\b", text)
@@ -99,10 +99,9 @@ def test_articles(corpus):
 
 def test_documents_are_short_texts(corpus):
     lengths = [len(document.text.split()) for document in corpus.documents]
-    assert 25 < sum(lengths) / len(lengths) < 45
-    assert sum(12 <= n <= 65 for n in lengths) / len(lengths) > 0.95
-    counts = Counter(len(sentences_of(document.text)) for document in corpus.documents)
-    assert set(counts) == {1, 2, 3, 4}
+    assert 12 < sum(lengths) / len(lengths) < 20
+    assert sum(8 <= n <= 30 for n in lengths) / len(lengths) > 0.95
+    assert {len(sentences_of(document.text)) for document in corpus.documents} == {2}
     assert len({document.doc for document in corpus.documents}) == len(corpus.documents)
 
 
@@ -112,14 +111,15 @@ def test_some_sentences_hold_a_distractor(corpus):
         re.compile(".+".join(map(re.escape, SLOT.split(t))), re.IGNORECASE) for t in DISTRACTORS
     ]
     share = sum(any(p.search(s) for p in pieces) for s in sentences[:4000]) / 4000
-    assert 0.1 < share < 0.2
+    assert 0.03 < share < 0.08
 
 
 @pytest.mark.parametrize("name", RELATIONS)
 def test_relation_has_its_templates(name):
     relation = RELATIONS[name]
-    assert len(set(relation.train)) >= 8
+    assert len(set(relation.train)) >= 6
     assert len(set(relation.heldout)) >= 2
+    assert not set(relation.train) & set(relation.heldout)
     for template in (*relation.train, *relation.heldout):
         assert sorted(re.findall(r"\{\w\}", template)) == ["{h}", "{t}"]
 
@@ -137,7 +137,7 @@ def test_graph_only_facts_are_never_told(corpus, co_mentions):
     train, anywhere = co_mentions
     silent = {triple for triple in corpus.graph.triples if pair_of(triple) not in anywhere}
     assert 0.07 < len(silent) / len(corpus.graph.triples) < 0.09
-    told_rarely = [t for t in corpus.graph.triples if t not in silent and train[pair_of(t)] < 2]
+    told_rarely = [t for t in corpus.graph.triples if t not in silent and train[pair_of(t)] < 3]
     assert told_rarely == []
     for probe in corpus.probes:
         fact = (probe.subject, probe.relation, probe.object)
@@ -153,7 +153,7 @@ def test_frequencies_have_a_long_tail(corpus):
     counts = sorted((mentions[subject] for subject in subjects), reverse=True)
     total = sum(counts)
     assert sum(counts[: len(counts) // 10]) > 0.4 * total
-    assert sum(counts[len(counts) // 2 :]) < 0.15 * total
+    assert sum(counts[len(counts) // 2 :]) < 0.2 * total
     assert counts[-1] >= 1
 
 
@@ -177,11 +177,11 @@ def test_probes_are_cloze_questions(corpus):
         assert probe.answer.lower() not in rest
     assert len({probe.text for probe in corpus.probes}) == len(corpus.probes)
     by_set = Counter((probe.set, probe.graph_only) for probe in corpus.probes)
-    assert by_set["template", False] >= 1000
-    assert by_set["context", False] >= 500
-    assert by_set["template", True] >= 200
-    assert by_set["context", True] >= 50
-    assert {probe.relation for probe in corpus.probes} == set(RELATIONS)
+    assert by_set["template", False] >= 800
+    assert by_set["context", False] >= 250
+    assert by_set["template", True] >= 80
+    assert by_set["context", True] >= 20
+    assert {probe.relation for probe in corpus.probes} == set(corpus.graph.relations)
 
 
 def test_template_probes_use_heldout_wording_and_context_probes_training_wording(corpus):
@@ -275,13 +275,38 @@ def test_small_corpus_asks_only_about_told_or_graph_only_facts():
         ("company/lego", "headquarters", "city/billund"),
     ],
 )
-def test_states_well_known_facts(corpus, fact):
-    assert fact in corpus.graph.triples
+def test_states_well_known_facts(fact):
+    assert fact in load_facts().triples
 
 
-def test_functional_relations_have_one_tail(corpus):
+def test_other_relations_can_be_asked_for(corpus):
+    people = ("occupation", "nationality", "borders")
+    other = sample_corpus(0, 300, people)
+    assert set(other.graph.relations) == set(people)
+    assert {relation for _, relation, _ in other.graph.triples} == set(people)
+    assert "person/charles-darwin" in other.graph.entities
+    assert "person/charles-darwin" not in corpus.graph.entities
+    assert any("Darwin" in document.text for document in other.documents)
+    everything = sample_corpus(0, 300, RELATIONS)
+    assert set(everything.graph.triples) == set(load_facts().triples)
+
+
+def test_heldout_wording_uses_words_of_the_training_text(corpus):
+    """A model from scratch cannot read a question whose words it has never seen."""
+    text = " ".join(d.text for d in corpus.documents if not d.heldout).lower()
+    known = set(re.findall(r"[a-z]+", text))
+    unknown = {
+        name: [w for t in RELATIONS[name].heldout for w in re.findall(r"[a-z]+", SLOT.sub(" ", t))]
+        for name in corpus.graph.relations
+    }
+    unknown = {name: set(w.lower() for w in words) - known for name, words in unknown.items()}
+    assert all(len(words) <= 1 for words in unknown.values()), unknown
+
+
+def test_functional_relations_have_one_tail():
+    triples = load_facts().triples
     tails = defaultdict(set)
-    for head, relation, tail in corpus.graph.triples:
+    for head, relation, tail in triples:
         tails[head, relation].add(tail)
     functional = """capital continent currency region_capital region_of symbol period category
         state_of_matter occupation nationality born_in died_in field movement author
@@ -292,7 +317,7 @@ def test_functional_relations_have_one_tail(corpus):
         assert len(values) == 1 or relation not in functional, (head, relation, values)
     # Names that are one to one.
     for relation in ("symbol", "roman_equivalent"):
-        values = [t for _, r, t in corpus.graph.triples if r == relation]
+        values = [t for _, r, t in triples if r == relation]
         assert len(set(values)) == len(values)
 
 

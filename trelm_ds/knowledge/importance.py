@@ -92,7 +92,7 @@ def score_samples(
     replacement_id: int,
     pad_token_id: int,
     pooling: str = "mean",
-    batch_tokens: int = 16384,
+    batch_tokens: int = 4096,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """SI of every span of some samples, in order.
@@ -143,7 +143,7 @@ def score_importance(
     *,
     replacement: str = "unk",
     pooling: str = "mean",
-    batch_tokens: int = 16384,
+    batch_tokens: int = 4096,
     rank: int = 0,
     world_size: int = 1,
     group=None,
