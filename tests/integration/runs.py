@@ -20,6 +20,8 @@ TINY = {
     "model.num_hidden_layers": 2,
     "model.num_attention_heads": 2,
     "model.intermediate_size": 64,
+    "model.hidden_dropout_prob": 0.1,
+    "model.attention_probs_dropout_prob": 0.1,
     "data.max_seq_length": 64,
     "data.num_workers": 0,
     "train.per_device_train_batch_size": 4,
