@@ -101,7 +101,8 @@ def test_every_deepspeed_config_resolves(repo, world_size):
     for file in files:
         config = load_config("trelm", overrides={"train.gradient_accumulation_steps": 2})
         resolved = resolve_deepspeed_config(read_deepspeed_config(file), config, world_size, True)
-        assert resolved["train_batch_size"] == 16 * 2 * world_size
+        micro = config.train.per_device_train_batch_size
+        assert resolved["train_batch_size"] == micro * 2 * world_size
         assert resolved["bf16"]["enabled"] is True
         assert "auto" not in json.dumps(resolved)
         assert zero_stage(resolved) == int(file.stem[4])

@@ -62,13 +62,13 @@ class ModelConfig:
 
     model_name_or_path: str | None = None  # local folder; None: from scratch, by the keys below
     model_type: str = "bert"  # bert | roberta; from scratch only
-    hidden_size: int = 192
-    num_hidden_layers: int = 4
+    hidden_size: int = 128
+    num_hidden_layers: int = 2
     num_attention_heads: int = 4
-    intermediate_size: int = 768
+    intermediate_size: int = 512
     max_position_embeddings: int = 512
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
+    hidden_dropout_prob: float = 0.0  # from scratch only, as the keys above
+    attention_probs_dropout_prob: float = 0.0
     # Weights' standard deviation from scratch; None: BERT's 0.02 at width 768, scaled by
     # sqrt(768 / hidden_size): at 0.02 a narrow model's attention starts all but uniform.
     initializer_range: float | None = None
@@ -109,7 +109,7 @@ class DataConfig:
     max_seq_length: int = 128  # tokens; longer samples are refused at preparation
     mlm_probability: float = 0.15  # share of text tokens that are MLM targets (80/10/10)
     # Probability that a whole, not injected entity mention is masked; None: treated like any text.
-    mention_mask_probability: float | None = None
+    mention_mask_probability: float | None = 0.4
     num_workers: int = 1  # loader processes per rank; 0 reads in the training process
     pad_to_multiple_of: int = 8
 
@@ -255,25 +255,25 @@ class TrainConfig:
     """Optimisation, the run's length, and what is written when. Hugging Face's names."""
 
     output_dir: str | None = None  # None: outputs/METHOD, numbered where that exists
-    max_steps: int = 600
+    max_steps: int = 2400
     max_hours: float | None = None  # training clock; evaluation and queue time are not charged
-    per_device_train_batch_size: int = 16  # sequences of a micro-batch
+    per_device_train_batch_size: int = 24  # sequences of a micro-batch
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-3  # of a small model from scratch; BERT's size wants 1e-4 or less
     weight_decay: float = 0.01
     adam_beta1: float = 0.9
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-6
     max_grad_norm: float = 1.0  # 0: no clipping
     lr_scheduler_type: str = "linear"  # linear | cosine | constant
-    warmup_ratio: float = 0.06
+    warmup_ratio: float = 0.1
     min_lr_ratio: float = 0.0
     seed: int = 42
     bf16: bool | None = None  # None: where the accelerator is a GPU that has it
-    logging_steps: int = 20
-    eval_steps: int = 200  # 0: only at the start and the end
+    logging_steps: int = 50
+    eval_steps: int = 400  # 0: only at the start and the end
     eval_batches: int = 16  # held-out micro-batches per evaluation
-    save_steps: int = 200  # 0: only at the end
+    save_steps: int = 800  # 0: only at the end
     save_total_limit: int = 2
     resume_from_checkpoint: str | None = None  # latest | a checkpoint folder
     report_to: str = "none"  # tensorboard | wandb | csv | none
