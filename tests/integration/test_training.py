@@ -20,6 +20,40 @@ def data_dir(tmp_path_factory):
     return folder
 
 
+def several(rank, world_size, jobs):
+    """Starting ranks costs more than a small run: one start for all runs of a world size."""
+    return {name: job(rank, world_size, *args) for name, (job, *args) in jobs.items()}
+
+
+@pytest.fixture(scope="module")
+def one_rank(data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    jobs = {
+        "methods": (all_methods, data_dir, folder / "methods"),
+        "foreign": (refuse_foreign, data_dir, folder / "foreign"),
+        "branch": (go_back, data_dir, folder / "branch"),
+    }
+    for form in SPLIT_FORMS:
+        jobs[f"split {form}"] = (split_run, data_dir, folder / form, form)
+    return run_ranks(several, 1, jobs)[0]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data_dir, tmp_path_factory):
+    """The results of every rank."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = {
+        "zero": (zero_matrix, data_dir, folder / "zero"),
+        "off path": (frozen_off_path, data_dir, folder / "off"),
+        "hours": (timed_run, data_dir, folder / "hours"),
+    }
+    for form in SPLIT_FORMS:
+        jobs[f"split {form}"] = (split_run, data_dir, folder / form, form)
+    for name, settings in RESUMED.items():
+        jobs[f"resume {name}"] = (resumed_run, data_dir, folder / name, settings)
+    return run_ranks(several, 2, jobs)
+
+
 def run_once(data_dir, output_dir, **settings) -> dict:
     trainer = make_trainer(data_dir, output_dir, **settings)
     trainer.train()
@@ -55,8 +89,8 @@ def zero_matrix(rank, world_size, data_dir, output_dir):
 DOTTED_NO_DROPOUT = {key.replace(".", "__"): value for key, value in NO_DROPOUT.items()}
 
 
-def test_every_zero_configuration_trains_alike(data_dir, tmp_path):
-    found, _ = run_ranks(zero_matrix, 2, data_dir, tmp_path)
+def test_every_zero_configuration_trains_alike(two_ranks):
+    found = two_ranks[0]["zero"]
     reference = torch.tensor(found["zero0"])
     assert reference.shape == (4, 4) and reference.isfinite().all()
     for name, rows in found.items():
@@ -85,8 +119,8 @@ def all_methods(rank, world_size, data_dir, output_dir):
     return found
 
 
-def test_every_method_and_routing_form_runs_through_the_one_loop(data_dir, tmp_path):
-    (found,) = run_ranks(all_methods, 1, data_dir, tmp_path)
+def test_every_method_and_routing_form_runs_through_the_one_loop(one_rank):
+    found = one_rank["methods"]
     for name, rows in found.items():
         assert len(rows) == 2, name
         assert all(row[1] == row[1] for row in rows), name
@@ -97,14 +131,16 @@ def test_every_method_and_routing_form_runs_through_the_one_loop(data_dir, tmp_p
     assert first_mlm["random"] == pytest.approx(first_mlm["trelm"], rel=1e-6)
 
 
-def split_run(rank, world_size, data_dir, output_dir, method, form):
+SPLIT_FORMS = ("block", "in_backward")
+
+
+def split_run(rank, world_size, data_dir, output_dir, form):
     # in_backward takes the paths from the step's first micro-batches: those of all ranks together
     # must be the same sequences. Everything else holds for any split of the global batch.
     micro, accumulation = (4 // world_size, 2) if form == "in_backward" else (2, 4 // world_size)
     return run_once(
         data_dir,
         output_dir / f"w{world_size}",
-        method=method,
         routing__form=form,
         train__per_device_train_batch_size=micro,
         train__gradient_accumulation_steps=accumulation,
@@ -114,10 +150,10 @@ def split_run(rank, world_size, data_dir, output_dir, method, form):
     )
 
 
-@pytest.mark.parametrize("form", ["block", "in_backward"])
-def test_two_ranks_equal_one(data_dir, tmp_path, form):
-    (one,) = run_ranks(split_run, 1, data_dir, tmp_path / form, "trelm", form)
-    two, other = run_ranks(split_run, 2, data_dir, tmp_path / form, "trelm", form)
+@pytest.mark.parametrize("form", SPLIT_FORMS)
+def test_two_ranks_equal_one(one_rank, two_ranks, form):
+    one = one_rank[f"split {form}"]
+    two, other = (results[f"split {form}"] for results in two_ranks)
     torch.testing.assert_close(
         torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=2e-4, atol=2e-4
     )
@@ -156,33 +192,31 @@ def resumed_run(rank, world_size, data_dir, output_dir, settings):
     }
 
 
-@pytest.mark.parametrize(
-    ("zero", "form"), [("zero2", "block"), ("zero3", "in_backward"), ("zero1", "random")]
-)
-def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(data_dir, tmp_path, zero, form):
-    settings = {"zero": zero, "routing__form": form, "train__gradient_accumulation_steps": 2}
-    _assert_resume_is_exact(data_dir, tmp_path, settings)
+ACCUMULATED = {"train__gradient_accumulation_steps": 2}
+# Tables of steps 2 and 4 come into use at 3 and 5; the run stops at 3.
+REFRESHED = {"decoding__hard_negative_refresh_steps": 2, "train__max_steps": 7}
+RESUMED = {
+    "zero2 block": ACCUMULATED | {"zero": "zero2", "routing__form": "block"},
+    "zero3 in_backward": ACCUMULATED | {"zero": "zero3", "routing__form": "in_backward"},
+    "zero1 random": ACCUMULATED | {"zero": "zero1", "routing__form": "random"},
+    "hard negatives": REFRESHED | {"decoding__hard_negatives": 4},
+    "no hard negatives": REFRESHED,
+}
 
 
-def test_a_resumed_run_has_the_hard_negatives_it_would_have_had(data_dir, tmp_path):
-    # Tables of steps 2 and 4 come into use at 3 and 5; the run stops at 3.
-    settings = {
-        "decoding__hard_negatives": 4,
-        "decoding__hard_negative_refresh_steps": 2,
-        "train__max_steps": 7,
-    }
-    hard = _assert_resume_is_exact(data_dir, tmp_path / "hard", settings)
-    settings["decoding__hard_negatives"] = 0
-    plain = _assert_resume_is_exact(data_dir, tmp_path / "plain", settings)
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(two_ranks, name):
+    for results in two_ranks:
+        for what, (straight, resumed) in results[f"resume {name}"].items():
+            assert straight == resumed, what
+
+
+def test_hard_negatives_change_the_loss_from_the_step_they_come_into_use(two_ranks):
+    hard, plain = (
+        two_ranks[0][f"resume {name}"]["losses"][0]
+        for name in ("hard negatives", "no hard negatives")
+    )
     assert hard[:3] == plain[:3] and hard[3][3] != plain[3][3]
-
-
-def _assert_resume_is_exact(data_dir, output_dir, settings) -> list:
-    reports = run_ranks(resumed_run, 2, data_dir, output_dir, settings)
-    for found in reports:
-        for name, (straight, resumed) in found.items():
-            assert straight == resumed, name
-    return reports[0]["losses"][0]
 
 
 def frozen_off_path(rank, world_size, data_dir, output_dir):
@@ -225,10 +259,9 @@ def frozen_off_path(rank, world_size, data_dir, output_dir):
     return report
 
 
-def test_off_path_entries_and_moments_are_bit_identical_under_zero2_on_two_ranks(
-    data_dir, tmp_path
-):
-    for report in run_ranks(frozen_off_path, 2, data_dir, tmp_path):
+def test_off_path_entries_and_moments_are_bit_identical_under_zero2_on_two_ranks(two_ranks):
+    for results in two_ranks:
+        report = results["off path"]
         assert len(report) == 3 * 2 * 3 * 3  # steps x layers x tensors x (weights, two moments)
         assert all(same for same, _ in report)
         assert all(changed for _, changed in report)
@@ -248,8 +281,8 @@ def timed_run(rank, world_size, data_dir, output_dir):
     return trainer.state.step, [r["step"] for r in read_metrics(output_dir / "metrics.jsonl")]
 
 
-def test_a_budget_in_hours_ends_all_ranks_at_the_same_step(data_dir, tmp_path):
-    for steps, logged in run_ranks(timed_run, 2, data_dir, tmp_path / "run"):
+def test_a_budget_in_hours_ends_all_ranks_at_the_same_step(two_ranks):
+    for steps, logged in (results["hours"] for results in two_ranks):
         assert steps == 4
         assert logged == [0, 1, 2, 3, 4, 4]  # evaluations at the start and the end
 
@@ -264,8 +297,8 @@ def go_back(rank, world_size, data_dir, output_dir):
     return trainer.checkpoints.find("latest").name
 
 
-def test_the_branch_a_run_has_left_is_set_aside(data_dir, tmp_path):
-    assert run_ranks(go_back, 1, data_dir, tmp_path / "run") == ["step_00000002"]
+def test_the_branch_a_run_has_left_is_set_aside(one_rank):
+    assert one_rank["branch"] == "step_00000002"
 
 
 def refuse_foreign(rank, world_size, data_dir, output_dir):
@@ -289,8 +322,8 @@ def refuse_foreign(rank, world_size, data_dir, output_dir):
     return messages
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_each_difference(data_dir, tmp_path):
-    ((seed, zero, method),) = run_ranks(refuse_foreign, 1, data_dir, tmp_path)
+def test_a_checkpoint_of_another_run_is_refused_with_each_difference(one_rank):
+    seed, zero, method = one_rank["foreign"]
     assert "train.seed was 42 and is 7" in seed
     assert "zero_stage was 2 and is 1" in zero
     assert "memory.enabled was True and is False" in method and "routing.form was" in method
