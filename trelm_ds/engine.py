@@ -15,7 +15,7 @@ import torch
 
 from trelm_ds.config import Config
 from trelm_ds.distributed import World
-from trelm_ds.errors import ConfigError
+from trelm_ds.errors import ConfigError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -179,14 +179,21 @@ def init_distributed(world: World, device: torch.device) -> None:
     minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", DEFAULT_TIMEOUT_MINUTES))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(minutes=minutes),
-        rank=world.rank,
-        world_size=world.size,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=minutes),
+            rank=world.rank,
+            world_size=world.size,
+        )
+    except torch.distributed.DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(
+            f"cannot join the job at {place} ({one_line(error)}): is another run using the port? "
+            "Choose one with the launcher's --master_port"
+        ) from None
 
 
 @contextlib.contextmanager

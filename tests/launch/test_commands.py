@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from multiprocess import free_port
 from tiny_corpus import write_tiny_corpus
 
 from trelm_ds.data.shards import write_manifest
@@ -50,7 +51,7 @@ def shell(repo, *command, env=None) -> subprocess.CompletedProcess:
 
 
 def test_the_main_command_on_two_ranks_with_tensorboard(repo, data_dir, tmp_path):
-    command = ["deepspeed", "--num_gpus", "2", "launch/pretrain.py"]
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "launch/pretrain.py"]
     command += ["--deepspeed", "ds_configs/zero2.json", "--data_dir", data_dir]
     command += ["--output_dir", tmp_path / "run", "--max_steps", "3", *TINY]
     command += ["--report_to", "tensorboard"]
