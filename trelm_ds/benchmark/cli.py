@@ -1,0 +1,62 @@
+"""``launch/benchmark.py``: one subcommand a kind of benchmark, each in a module of its own.
+
+A kind's module has ``add_arguments(parser)`` and ``run(args, stop) -> exit code``; adding a kind is
+adding a line to ``KINDS``. ``stop`` is the ``StopRequest`` that signals set: a long benchmark looks
+at it and returns ``EXIT_STOPPED``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+
+from trelm_ds.errors import ConfigError, TrelmError
+from trelm_ds.stopping import StopRequest
+
+# kind -> (module, what --help says)
+KINDS: dict[str, tuple[str, str]] = {}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ConfigError(message)
+
+
+def build_parser(kinds=tuple(KINDS)) -> argparse.ArgumentParser:
+    """The parser with the subcommands ``kinds``; their modules are imported only here."""
+    parser = _Parser(prog="launch/benchmark.py", description="Benchmarks; each writes one JSON.")
+    commands = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind in kinds:
+        module, says = KINDS[kind]
+        command = commands.add_parser(kind, help=says, description=says, allow_abbrev=False)
+        importlib.import_module(module).add_arguments(command)
+    return parser
+
+
+def setup_logging() -> None:
+    """Progress goes to stderr, so that a caller may read a result from stdout."""
+    root = logging.getLogger("trelm_ds")
+    if not root.handlers:
+        console = logging.StreamHandler(sys.stderr)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        root.addHandler(console)
+    root.setLevel(logging.INFO)
+    root.propagate = False
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: one line per user error, then the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    stop = StopRequest()
+    stop.install()
+    setup_logging()
+    kind = argv[0] if argv and argv[0] in KINDS else None
+    try:
+        # Only the kind that is asked for is imported; the list of all for --help.
+        args = build_parser((kind,) if kind else tuple(KINDS)).parse_args(argv)
+        return importlib.import_module(KINDS[args.kind][0]).run(args, stop)
+    except TrelmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code

@@ -1,0 +1,81 @@
+"""What every benchmark writes: rows under one JSON header that says where they were measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+from pathlib import Path
+
+from trelm_ds import environment
+from trelm_ds.errors import ConfigError, DataError
+
+HEADER = ("kind", "commit", "command", "hardware", "versions")
+
+
+def header(kind: str) -> dict:
+    """``kind``, ``commit``, ``command``, ``hardware`` and ``versions`` of this process."""
+    found = environment.describe()
+    return {
+        "kind": kind,
+        "commit": found["commit"],
+        "command": shlex.join(found["command"]),
+        "hardware": found["hardware"],
+        "versions": found["versions"],
+    }
+
+
+def finite(value):
+    """``value`` with every NaN or infinity in it as None: JSON has no such numbers."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Writes ``content`` so that a reader sees the old file or the new one, never half of it."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(finite(content), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_result(path: str | Path, kind: str, rows: list[dict], **more) -> dict:
+    """Writes ``{header..., "rows": rows, **more}`` to ``path`` and returns it."""
+    result = header(kind) | {"rows": rows} | more
+    write_json(path, result)
+    return result
+
+
+def read_result(path: str | Path) -> dict:
+    """A benchmark's JSON.
+
+    Raises:
+        DataError: no such file, not JSON, or a part of the header is missing.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise DataError(f"{path}: not valid JSON") from None
+    missing = [key for key in (*HEADER, "rows") if key not in content]
+    if missing:
+        raise DataError(f"{path}: not a benchmark result, it lacks {', '.join(missing)}")
+    return content
+
+
+def require_folder(path: Path | None, flag: str = "--json") -> None:
+    """Refuses a result file whose folder does not exist, before anything is measured.
+
+    Raises:
+        ConfigError: names the flag and the folder.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"{flag} {path}: no such folder")
