@@ -78,6 +78,20 @@ def test_every_field():
             assert value.dtype == (torch.bool if name == "mention_injected" else torch.int64), name
 
 
+def test_targets_know_the_masked_mention_they_belong_to():
+    first, second, third = example(0, 9, [1, 2, 3, 6]), example(1, 4, [1]), example(2, 6, [1, 3])
+    first.masked_mentions = np.array([[2, 4, 7], [6, 7, 5]])
+    third.masked_mentions = np.array([[3, 5, 7]])  # its second token is no target
+    batch = collate([first, second, third])
+    assert batch.mlm_positions.tolist() == [1, 2, 3, 6, 17, 33, 35]
+    assert batch.mlm_mention.tolist() == [-1, 7, 7, 5, -1, -1, 7]
+    assert batch.mlm_mention_group.tolist() == [-1, 0, 0, 1, -1, -1, 2]
+    assert batch.num_mlm_mentions == 3
+    batch = collate([second])
+    assert batch.mlm_mention.tolist() == batch.mlm_mention_group.tolist() == [-1]
+    assert batch.num_mlm_mentions == 0
+
+
 def test_no_mentions_and_no_targets_keep_every_shape():
     batch = collate([example(0, 4), example(1, 5)])
     assert batch.mention_spans.shape == (0, 3) and batch.decode_tokens.shape == (0, 0)

@@ -49,9 +49,12 @@ def sequences(batches) -> dict:
         for row, position in enumerate(batch.stream_positions.tolist()):
             length = int(batch.attention_mask[row].sum())
             targets = [
-                (p % width, label)
-                for p, label in zip(
-                    batch.mlm_positions.tolist(), batch.mlm_labels.tolist(), strict=True
+                (p % width, label, mention)
+                for p, label, mention in zip(
+                    batch.mlm_positions.tolist(),
+                    batch.mlm_labels.tolist(),
+                    batch.mlm_mention.tolist(),
+                    strict=True,
                 )
                 if p // width == row
             ]
@@ -158,6 +161,32 @@ def test_injected_spans_are_never_targets(corpus, graph, tables, configure):
             injected += here
             free_targets += not here and bool(is_target[row, left:right].all())
     assert injected > 100 and free_targets > 100
+
+
+def test_targets_name_the_entity_mention_they_are_all_tokens_of(corpus, graph, tables, configure):
+    config = configure(train__per_device_train_batch_size=8, **BUSY)
+    spans_of = {tuple(s.ids.tolist()): s.spans.tolist() for s in corpus.samples["train"]}
+    whole = text = 0
+    for (batch,) in steps_of(loader(corpus, graph, tables, config), 0, 12):
+        width = batch.input_ids.shape[1]
+        groups = batch.mlm_mention_group.tolist()
+        assert sorted(set(groups) - {-1}) == list(range(batch.num_mlm_mentions))
+        found = {}
+        for p, mention, group in zip(
+            batch.mlm_positions.tolist(), batch.mlm_mention.tolist(), groups, strict=True
+        ):
+            assert (mention < 0) == (group < 0)
+            text += mention < 0
+            if group >= 0:
+                found.setdefault(group, []).append((p // width, p % width, mention))
+        for tokens in found.values():
+            row, left, key = tokens[0]
+            length = int(batch.attention_mask[row].sum())
+            spans = spans_of[tuple(batch.original_ids[row, :length].tolist())]
+            assert [left, tokens[-1][1] + 1, key] in spans and key < graph.num_entities
+            assert [t[1] for t in tokens] == list(range(left, tokens[-1][1] + 1))
+        whole += len(found)
+    assert whole > 20 and text > 100
 
 
 def test_methods_mask_the_same_tokens_elsewhere(corpus, graph, tables, configure):

@@ -29,7 +29,7 @@ def test_shares_of_targets_and_of_what_happens_to_them():
     eligible = 0
     for i in range(1500):
         ids = sequence(i)
-        corrupted, targets = masker()(ids, NONE, NONE, stream(i))
+        corrupted, targets, _ = masker()(ids, NONE, NONE, stream(i))
         assert corrupted.dtype == np.int64 and targets.dtype == bool
         assert not targets[[0, -1]].any()
         assert (corrupted == ids)[~targets].all()
@@ -52,7 +52,7 @@ def test_replacements_are_uniform_over_the_ordinary_tokens():
     found = np.zeros(12)
     ids = np.full(2000, 11, dtype=np.int32)
     for i in range(50):
-        corrupted, targets = small(ids, NONE, NONE, stream(i))
+        corrupted, targets, _ = small(ids, NONE, NONE, stream(i))
         assert targets.all()
         found += np.bincount(corrupted, minlength=12)
     assert (found[[0, 1, 2, 3]] == 0).all()
@@ -67,8 +67,8 @@ def test_injected_spans_are_never_targets_and_do_not_move_the_others():
         inside[left:right] = True
     for i in range(300):
         ids = sequence(i)
-        free, free_targets = masker(0.5)(ids, NONE, NONE, stream(i))
-        corrupted, targets = masker(0.5)(ids, injected, injected, stream(i))
+        free, free_targets, _ = masker(0.5)(ids, NONE, NONE, stream(i))
+        corrupted, targets, _ = masker(0.5)(ids, injected, injected, stream(i))
         assert not targets[inside].any() and (corrupted == ids)[inside].all()
         np.testing.assert_array_equal(targets[~inside], free_targets[~inside])
         np.testing.assert_array_equal(corrupted[~inside], free[~inside])
@@ -78,11 +78,11 @@ def test_at_least_one_target_when_there_is_an_eligible_token():
     for i in range(200):
         ids = sequence(i, length=8)
         injected = np.array([[1, 4]])
-        _, targets = masker(0.01)(ids, NONE, injected, stream(i))
+        _, targets, _ = masker(0.01)(ids, NONE, injected, stream(i))
         assert targets.sum() >= 1 and not targets[[0, 1, 2, 3, 7]].any()
-        _, targets = masker(0.9)(ids, NONE, np.array([[1, 7]]), stream(i))
+        _, targets, _ = masker(0.9)(ids, NONE, np.array([[1, 7]]), stream(i))
         assert not targets.any()
-    corrupted, targets = masker()(np.array([2, 1, 3]), NONE, NONE, stream(0))  # only specials
+    corrupted, targets, _ = masker()(np.array([2, 1, 3]), NONE, NONE, stream(0))  # only specials
     assert not targets.any() and corrupted.tolist() == [2, 1, 3]
 
 
@@ -93,12 +93,13 @@ def test_whole_mentions():
     text_targets = text = 0
     for i in range(2000):
         ids = sequence(i)
-        corrupted, targets = masker(0.15, 0.3)(ids, mentions, injected, stream(i))
+        corrupted, targets, found = masker(0.15, 0.3)(ids, mentions, injected, stream(i))
         outside = ~SPECIAL[ids]
         for number, (left, right) in enumerate(mentions):
             whole = targets[left:right]
             assert whole.all() or not whole.any()
             assert not whole.any() or (corrupted[left:right] == MASK).all()
+            assert found[number] == whole.all()
             masked[number] += whole.all()
             outside[left:right] = False
         text_targets += targets[outside].sum()
@@ -106,6 +107,16 @@ def test_whole_mentions():
     assert masked[3] == 0
     assert abs(masked[:3] / 2000 - 0.3).max() < 4 * np.sqrt(0.3 * 0.7 / 2000)
     assert abs(text_targets / text - 0.15) < 4 * np.sqrt(0.15 * 0.85 / text)
+
+
+def test_a_mention_counts_as_masked_only_with_a_target_in_it():
+    ids = np.array([2, 1, 1, 50, 1, 60, 3])  # 1: special, as an unknown token in a name
+    mentions = np.array([[1, 3], [3, 5], [5, 6]])
+    corrupted, targets, masked = masker(0.15, 1.0)(ids, mentions, mentions[2:], stream(0))
+    assert masked.tolist() == [False, True, False]
+    assert np.flatnonzero(targets).tolist() == [3] and corrupted.tolist() == [2, 1, 1, 4, 1, 60, 3]
+    _, _, masked = masker(1.0)(ids, mentions, NONE, stream(0))  # tokens, not mentions
+    assert not masked.any()
 
 
 def test_a_stream_is_named_by_all_its_parts():

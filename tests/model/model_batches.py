@@ -112,6 +112,8 @@ def make_batch(lengths=(14, 9, 20), mentions=None, decode=None, text_length=0, s
         stream_positions=torch.arange(len(lengths)),
         mlm_positions=tensor(positions),
         mlm_labels=tensor([original[t] for t in targets]),
+        mlm_mention=tensor([-1] * len(targets)),
+        mlm_mention_group=tensor([-1] * len(targets)),
         mention_spans=tensor(columns[:, :3]),
         mention_keys=tensor(columns[:, 3]),
         mention_injected=tensor(columns[:, 4]).bool(),
@@ -126,6 +128,7 @@ def make_batch(lengths=(14, 9, 20), mentions=None, decode=None, text_length=0, s
         decode_tokens=tensor(gold, (len(decode), width)),
         negatives=tensor(rng.integers(5, VOCAB, 9)),
         num_tokens=sum(lengths),
+        num_mlm_mentions=0,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +28,9 @@ class Batch:
         stream_positions: int64 [B] place in the endless sample stream: the sequence of Eq. 6.
         mlm_positions: int64 [K] targets, flat into B * S, ascending.
         mlm_labels: int64 [K] original tokens there.
+        mlm_mention: int64 [K] entity whose mention was masked whole there; -1: a text token.
+        mlm_mention_group: int64 [K] number in 0..G-1 of that masked mention, in text order; -1:
+            a text token.
         mention_spans: int64 [M, 3] rows (sequence, left, right exclusive).
         mention_keys: int64 [M] rows of the memory bank.
         mention_injected: bool [M]; the span's input embeddings are replaced.
@@ -44,6 +47,7 @@ class Batch:
         decode_tokens: int64 [D, T] its name's tokens, padded with -1.
         negatives: int64 [N] token ids shared by the optimizer step.
         num_tokens: real tokens.
+        num_mlm_mentions: G, mentions masked whole.
     """
 
     input_ids: torch.Tensor
@@ -52,6 +56,8 @@ class Batch:
     stream_positions: torch.Tensor
     mlm_positions: torch.Tensor
     mlm_labels: torch.Tensor
+    mlm_mention: torch.Tensor
+    mlm_mention_group: torch.Tensor
     mention_spans: torch.Tensor
     mention_keys: torch.Tensor
     mention_injected: torch.Tensor
@@ -66,6 +72,7 @@ class Batch:
     decode_tokens: torch.Tensor
     negatives: torch.Tensor
     num_tokens: int
+    num_mlm_mentions: int
 
     @classmethod
     def from_numpy(cls, arrays: dict[str, np.ndarray | int]) -> Batch:
@@ -111,6 +118,8 @@ class Example:
         corrupted: int64 [length] after masking.
         targets: bool [length].
         mentions: which get knowledge, and how.
+        masked_mentions: int [g, 3] rows (left, right exclusive, entity) of the mentions masked
+            whole, sorted by left; each holds at least one target.
     """
 
     position: int
@@ -118,6 +127,7 @@ class Example:
     corrupted: np.ndarray
     targets: np.ndarray
     mentions: SampledMentions
+    masked_mentions: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
 
 
 class Collator:
@@ -163,11 +173,19 @@ class Collator:
         original = np.full(shape, self._special.pad, dtype=np.int64)
         corrupted = original.copy()
         targets = np.zeros(shape, dtype=bool)
+        group = np.full(shape, -1, dtype=np.int64)
+        masked_keys = []
         for row, example in enumerate(examples):
             original[row, : len(example.ids)] = example.ids
             corrupted[row, : len(example.ids)] = example.corrupted
             targets[row, : len(example.ids)] = example.targets
+            for left, right, key in example.masked_mentions.tolist():
+                group[row, left:right] = len(masked_keys)
+                masked_keys.append(key)
         positions = np.flatnonzero(targets)
+        group = group.ravel()[positions]
+        # The last entry is what group -1 reads.
+        masked_key = np.array([*masked_keys, -1], dtype=np.int64)
 
         found = [example.mentions for example in examples]
         row_of = np.repeat(np.arange(len(found)), [len(m.keys) for m in found])
@@ -184,6 +202,8 @@ class Collator:
             "stream_positions": np.array([e.position for e in examples], dtype=np.int64),
             "mlm_positions": positions,
             "mlm_labels": original.ravel()[positions],
+            "mlm_mention": masked_key[group],
+            "mlm_mention_group": group,
             "mention_spans": np.column_stack([row_of, joined("spans")]),
             "mention_keys": joined("keys"),
             "mention_injected": joined("injected"),
@@ -200,6 +220,7 @@ class Collator:
             "decode_tokens": self._gold_tokens(joined("decode_entity")),
             "negatives": negatives,
             "num_tokens": int(lengths.sum()),
+            "num_mlm_mentions": len(masked_keys),
         }
 
     def _gold_tokens(self, entities: np.ndarray) -> np.ndarray:

@@ -110,13 +110,14 @@ class _MicroBatches(Dataset):
     def _example(self, position: int, epoch: int, index: int) -> Example:
         sample = self._read(index)
         mentions = self._mentions(sample, epoch)
-        corrupted, targets = self._masker(
+        entities = sample.spans[sample.spans[:, 2] < self._num_entities]
+        corrupted, targets, masked = self._masker(
             sample.ids,
-            sample.spans[sample.spans[:, 2] < self._num_entities, :2],
+            entities[:, :2],
             mentions.spans[mentions.injected],
             rng.generator(self._seed, rng.MASKING, epoch, index),
         )
-        return Example(position, sample.ids, corrupted, targets, mentions)
+        return Example(position, sample.ids, corrupted, targets, mentions, entities[masked])
 
     def __getitem__(self, positions: np.ndarray) -> dict | DataError:
         step = int(positions[0]) // self._global_batch
@@ -371,7 +372,7 @@ def heldout_batches(
         for position, index in enumerate(order[first : first + micro].tolist(), first):
             ids = reader[index].ids
             stream = rng.generator(_HELDOUT_SEED, rng.HELDOUT, 0, index)
-            corrupted, targets = masker(ids, nothing, nothing, stream)
+            corrupted, targets, _ = masker(ids, nothing, nothing, stream)
             examples.append(Example(position, ids, corrupted, targets, no_mentions()))
         arrays = collator(examples, np.zeros(0, dtype=np.int64))
         batches.append(Batch.from_numpy(arrays))

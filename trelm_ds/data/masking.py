@@ -41,7 +41,7 @@ class Masker:
         mentions: np.ndarray,
         injected: np.ndarray,
         rng: np.random.Generator,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Corrupts one sequence.
 
         Args:
@@ -50,8 +50,8 @@ class Masker:
             injected: int [k, 2] spans whose embeddings are replaced: never targets.
             rng: the sequence's stream.
         Returns:
-            (int64 [length] corrupted ids, bool [length] targets). There is at least one target
-            unless every token is special or injected.
+            (int64 [length] corrupted ids, bool [length] targets, bool [m] mentions masked whole).
+            There is at least one target unless every token is special or injected.
         """
         # Always drawn for every position, so that what is injected shifts nobody's draws.
         chosen, action = rng.random((2, len(ids)))
@@ -61,13 +61,15 @@ class Masker:
             eligible[left:right] = False
         targets = eligible & (chosen < self._probability)
         whole = np.zeros(len(ids), dtype=bool)
+        masked = np.zeros(len(mentions), dtype=bool)
         if self._mention_probability is not None:
-            mention_chosen = rng.random(len(mentions)) < self._mention_probability
-            for (left, right), mask_it in zip(mentions, mention_chosen, strict=True):
+            masked = rng.random(len(mentions)) < self._mention_probability
+            for (left, right), mask_it in zip(mentions, masked, strict=True):
                 whole[left:right] = mask_it
                 targets[left:right] = mask_it
             targets &= eligible
             whole &= eligible
+            masked &= np.array([whole[left:right].any() for left, right in mentions], dtype=bool)
         if not targets.any() and eligible.any():
             # The position next in line; what then happens to it is the usual 80/10/10.
             targets[np.where(eligible, chosen, 2.0).argmin()] = True
@@ -75,4 +77,4 @@ class Masker:
         corrupted[targets & (whole | (action < 0.8))] = self._mask_token_id
         random = targets & ~whole & (action >= 0.8) & (action < 0.9)
         corrupted[random] = self._replacements[replacement[random]]
-        return corrupted, targets
+        return corrupted, targets, masked
