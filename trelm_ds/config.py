@@ -160,10 +160,23 @@ class DecodingConfig:
     unigram_power: float = 0.75  # Q(y) ~ count(y) ** power
     triple: str = "same"  # same as injected | different (when the mention has another) | all
     max_triples: int = 8  # per mention with triple: all
+    mentions: str = "selected"  # selected by injection.selection and its cap | all entity mentions
+    # Share of the CKA term that goes to choosing the whole entity among others; 0: tokens alone.
+    entity_weight: float = 0.0
+    entity_negatives: int = 1024  # entities drawn for a step by count ** unigram_power, for all
+    # Most entities a micro-batch's triples choose among: its own answers, the drawn negatives,
+    # and, as far as there is room, its mentions and the answers' neighbours (hard_negatives > 0).
+    entity_candidates: int = 4096
 
     def __post_init__(self):
         _fraction("decoding.loss_weight", self.loss_weight)
         _choice("decoding.triple", self.triple, ("same", "different", "all"))
+        _choice("decoding.mentions", self.mentions, ("selected", "all"))
+        _fraction("decoding.entity_weight", self.entity_weight)
+        _require(
+            1 <= self.entity_negatives < self.entity_candidates,
+            "decoding.entity_negatives must be at least 1 and below decoding.entity_candidates",
+        )
         _require(self.max_tokens >= 1, "decoding.max_tokens must be at least 1")
         _require(
             0 <= self.hard_negatives < self.num_negatives,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from trelm_ds.config import Config
+from trelm_ds.data.candidates import EntityCandidates
 from trelm_ds.data.collate import Batch
 from trelm_ds.data.rng import HARD_NEGATIVES, generator
 from trelm_ds.distributed import World, barrier, gather_objects
@@ -35,7 +36,8 @@ class HardNegatives:
     """Replaces the last ``decoding.hard_negatives`` of a micro-batch's negatives.
 
     They depend on the micro-batch's gold entities, so with them the loss is no longer independent
-    of how the global batch is split. Each keeps the unigram log Q of Eq. 2.
+    of how the global batch is split. Each keeps the unigram log Q of Eq. 2. Entity decoding is
+    offered the neighbours themselves.
 
     Args:
         config: the run's configuration.
@@ -67,6 +69,9 @@ class HardNegatives:
         self._folder, self._world, self._group = folder, world, group
         self._table = NeighbourTable(folder, graph.num_entities)
         self._process = None
+        self._candidates = None
+        if config.decoding.entity_weight:
+            self._candidates = EntityCandidates(config, graph, tables)
 
     def _snapshot(self, version: int) -> Path:
         return self._folder / f"bank-{version:08d}"
@@ -147,6 +152,20 @@ class HardNegatives:
             tail = np.where(backwards, entity[rows], candidates)
             return self._graph.contains(head, relation[rows] % self._graph.num_relations, tail)
 
+        if self._candidates is not None:
+            keys = batch.mention_keys.numpy()
+            nearest_first = table[np.unique(gold)].T.ravel()
+            fields = self._candidates(
+                step,
+                entity,
+                relation,
+                gold,
+                offered=np.r_[
+                    keys[keys < self._graph.num_entities], nearest_first[nearest_first >= 0]
+                ],
+            )
+            tensors = {name: torch.from_numpy(array) for name, array in fields.items()}
+            batch = dataclasses.replace(batch, **tensors)
         rng = generator(self._seed, HARD_NEGATIVES, step, int(batch.stream_positions[0]))
         names = self._tables.entity_names
         tokens = hard_negative_tokens(table, gold, names, self._count, rng, is_true)

@@ -78,6 +78,41 @@ def gold_log_probability(
         return scores.log_softmax(-1)[..., 0]
 
 
+def entity_scores(
+    states: torch.Tensor,
+    candidates: torch.Tensor,
+    log_q: torch.Tensor,
+    gold: torch.Tensor,
+    hits: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sampled softmax of whole entities: the token-wise one of Eq. 2, with names for tokens.
+
+    Entity e scores h . v[e] - log Q(e), v[e] the mean embedding of its name's tokens, as a token
+    scores h . E[y] - log Q(y): there is no temperature of its own, so for a name of one token the
+    two losses ask for the same. The prediction is the candidate of highest h . v[e]: the
+    correction belongs to the estimate of the loss.
+
+    Args:
+        states: float [D, hidden].
+        candidates: float [C, hidden], v.
+        log_q: float32 [C].
+        gold: int64 [D], the answers' columns.
+        hits: int64 [H], flat into D * C: other right answers, left out of their row's softmax.
+    Returns:
+        float32 [D] (float64 for float64 states) log P(gold), and bool [D] whether no other
+        candidate of the row scores higher, detached.
+    """
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    with torch.autocast(states.device.type, enabled=False):
+        scores = states.to(dtype) @ candidates.to(dtype).T
+        hit = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(hit.index_fill_(0, hits, True).view_as(scores), float("-inf"))
+        log_p = (scores - log_q).log_softmax(-1).gather(1, gold[:, None])[:, 0]
+        with torch.no_grad():
+            first = (scores <= scores.gather(1, gold[:, None])).all(1)
+    return log_p, first
+
+
 def total_loss(mlm: torch.Tensor, cka: torch.Tensor, loss_weight: float) -> torch.Tensor:
     """L = theta * L_MLM + (1 - theta) * L_CKA (Eq. 3; theta multiplies MLM, as it is printed)."""
     return loss_weight * mlm + (1.0 - loss_weight) * cka

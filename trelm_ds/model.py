@@ -27,7 +27,13 @@ from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.errors import ConfigError, DataError, one_line
 from trelm_ds.knowledge.decoder import RelationalDecoder
 from trelm_ds.knowledge.injection import ROLE_NONE, KnowledgeInjection, TransETables
-from trelm_ds.losses import TokenPrior, gold_log_probability, mlm_loss_sum, total_loss
+from trelm_ds.losses import (
+    TokenPrior,
+    entity_scores,
+    gold_log_probability,
+    mlm_loss_sum,
+    total_loss,
+)
 from trelm_ds.memory.bank import MemoryRows
 from trelm_ds.memory.mixing import memory_input
 from trelm_ds.memory.window import local_memory
@@ -222,6 +228,7 @@ class Normalizers(NamedTuple):
 
     mlm: float
     cka: float
+    entity: float = 1.0
 
 
 class StepOutput(NamedTuple):
@@ -231,6 +238,8 @@ class StepOutput(NamedTuple):
         loss: scalar, Eq. 3.
         mlm_loss: scalar, sum over masked positions / normalizers.mlm, detached.
         cka_loss: scalar, sum over decoded tokens / normalizers.cka, detached.
+        entity_sums: float32 [2], over decoded triples: -log P(gold entity), gold ranked first;
+            zeros without entity decoding; detached.
         local_memory: float32 [M, hidden], Eq. 4, detached; [0, hidden] without memory bank.
         cls: float32 [B, hidden], last state of the first token, detached.
         gold_probability: float32 [D], mean over a row's decoded tokens of P(gold), detached.
@@ -239,6 +248,7 @@ class StepOutput(NamedTuple):
     loss: torch.Tensor
     mlm_loss: torch.Tensor
     cka_loss: torch.Tensor
+    entity_sums: torch.Tensor
     local_memory: torch.Tensor
     cls: torch.Tensor
     gold_probability: torch.Tensor
@@ -446,17 +456,21 @@ class TrelmModel(MaskedLanguageModel):
         )
         logits = mlm_head(self.backbone)(states.flatten(0, 1)[batch.mlm_positions])
         mlm = mlm_loss_sum(logits, batch.mlm_labels) / (normalizers.mlm or 1.0)
+        entity_sums = mlm.new_zeros(2, dtype=torch.float32)
         if self.decoder is None:
             loss, cka = mlm, torch.zeros_like(mlm)
             gold_probability = mlm.new_zeros(len(batch.decode_mention))
             decoded = torch.zeros_like(batch.decode_mention, dtype=torch.bool)
         else:
             spans = batch.mention_spans[batch.decode_mention]
-            log_p, valid = self._decode(
+            decoded_states, log_p, valid = self._decode(
                 span_mean(states, spans), batch.decode_relation, batch.decode_tokens, batch
             )
-            cka = -log_p.sum() / (normalizers.cka or 1.0)
-            loss = total_loss(mlm, cka, self.config.decoding.loss_weight)
+            knowledge = cka = -log_p.sum() / (normalizers.cka or 1.0)
+            if weight := self.config.decoding.entity_weight:
+                entity, entity_sums = self._choose_entities(decoded_states[:, 0], batch)
+                knowledge = (1 - weight) * cka + weight * entity / (normalizers.entity or 1.0)
+            loss = total_loss(mlm, knowledge, self.config.decoding.loss_weight)
             with torch.no_grad():
                 count = valid.sum(1).clamp(min=1)
                 gold_probability = (log_p.exp() * valid).sum(1) / count
@@ -477,13 +491,17 @@ class TrelmModel(MaskedLanguageModel):
             loss,
             mlm.detach(),
             cka.detach(),
+            entity_sums,
             local.float(),
             detached[:, 0].float(),
             gold_probability.float(),
         )
 
-    def _decode(self, pooled, relation, tokens, batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """log P(gold) of every decoded token (0 at pads) and which are tokens: [D, T] each."""
+    def _decode(
+        self, pooled, relation, tokens, batch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Decoded states [D, T, hidden], log P(gold) of every decoded token (0 at pads) and which
+        are tokens: [D, T] each."""
         if tokens.shape[1] == 0:  # nothing to decode: one step of pads keeps the graph whole
             tokens = tokens.new_full((len(tokens), 1), -1)
         decoded = self.decoder(pooled, relation, tokens.shape[1])
@@ -497,7 +515,21 @@ class TrelmModel(MaskedLanguageModel):
             self.word_embeddings(batch.negatives),
             self.prior,
         )
-        return log_p * valid, valid
+        return decoded, log_p * valid, valid
+
+    def _choose_entities(self, states, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of -log P(gold entity) over the triples, and ``StepOutput.entity_sums``.
+
+        The query is h_d^1: the mention's state through the relation, already trained to score the
+        first token of the answer, so that both losses shape one map and no parameter is added.
+        """
+        tokens = batch.entity_tokens
+        vectors = masked_mean(self.word_embeddings(tokens.clamp(min=0)), tokens >= 0)
+        log_p, first = entity_scores(
+            states, vectors, batch.entity_log_q, batch.entity_gold, batch.entity_hits
+        )
+        loss = -log_p.sum()
+        return loss, torch.stack([loss.detach().float(), first.sum().float()])
 
     @torch.no_grad()
     def _set_routing_targets(self, batch, gold_probability, decoded) -> None:
@@ -528,7 +560,7 @@ class TrelmModel(MaskedLanguageModel):
             copy, row = (mentions[:, None] == batch.decode_mention[None]).nonzero(as_tuple=True)
             spans = batch.mention_spans[batch.decode_mention[row]].clone()
             spans[:, 0] = copy
-            log_p, valid = self._decode(
+            _, log_p, valid = self._decode(
                 span_mean(hidden_states, spans),
                 batch.decode_relation[row],
                 batch.decode_tokens[row],

@@ -77,6 +77,7 @@ class StepPlan:
         normalizers: divisors of this rank's loss sums such that DeepSpeed's mean over ranks and
             micro-batches is the exact mean over the global batch.
         tokens, masked, sequences: global counts.
+        entities: global count of triples decoded as entities.
     """
 
     step: int
@@ -87,6 +88,7 @@ class StepPlan:
     tokens: int
     masked: int
     sequences: int
+    entities: int
 
 
 class Trainer:
@@ -313,6 +315,7 @@ class Trainer:
         row = [
             float(sum(c["mlm"] for c in counts)),
             float(sum(c["cka"] for c in counts)),
+            float(sum(c["entity"] for c in counts)),
             float(sum(c["tokens"] for c in counts)),
             float(sum(c["sequences"] for c in counts)),
             float(self.stop.requested),
@@ -320,9 +323,10 @@ class Trainer:
             float(self._finite),
         ]
         table = gather_vector(row, self.control)
-        self._check_health(table[:, 6])
-        self.state.clock_s = float(table[:, 5].max())
-        masked, decoded, tokens, sequences = table[:, :4].sum(0).tolist()
+        stop, clock, healthy = table[:, -3:].T
+        self._check_health(healthy)
+        self.state.clock_s = float(clock.max())
+        masked, decoded, entities, tokens, sequences = table[:, :-3].sum(0).tolist()
         train, state = self.config.train, self.state
         progress = state.step / train.max_steps
         if train.max_hours is not None:
@@ -339,12 +343,15 @@ class Trainer:
             progress=progress,
             lr=learning_rate(max(progress, 0.5 / train.max_steps), train),
             memory_weight=memory_weight(q, progress, self.config.memory),
-            normalizers=Normalizers(max(1.0, masked) / share, max(1.0, decoded) / share),
+            normalizers=Normalizers(
+                *(max(1.0, count) / share for count in (masked, decoded, entities))
+            ),
             tokens=int(tokens),
             masked=int(masked),
             sequences=int(sequences),
+            entities=int(entities),
         )
-        return plan, bool(table[:, 4].max())
+        return plan, bool(stop.max())
 
     def _check_health(self, finite: torch.Tensor) -> None:
         """Acts on the last step's losses: a non-finite one was skipped, or has poisoned ZeRO 0.
@@ -432,6 +439,7 @@ class Trainer:
         self._interval.tokens += plan.tokens
         self._interval.masked += plan.masked
         self._interval.sequences += plan.sequences
+        self._interval.entities += plan.entities
 
     # -- what a run tells -----------------------------------------------------------------------
 
@@ -537,14 +545,15 @@ class Interval:
         self.reset()
 
     def reset(self) -> None:
-        self.steps = self.tokens = self.masked = self.sequences = 0
+        self.steps = self.tokens = self.masked = self.sequences = self.entities = 0
         self.seconds = 0.0
-        self._losses = torch.zeros(4, device=self._device, dtype=torch.float64)
+        self._losses = torch.zeros(6, device=self._device, dtype=torch.float64)
 
     def add(self, output) -> None:
         losses = (output.loss, output.mlm_loss, output.cka_loss)
         self._losses[:3] += torch.stack([x.detach().double() for x in losses])
         self._losses[3] += 1.0
+        self._losses[4:] += output.entity_sums
 
     def metrics(self, model_config, group) -> dict[str, float]:
         """Means over the interval, all ranks and micro-batches; times are this rank's."""
@@ -566,16 +575,25 @@ class Interval:
             "data/wait_fraction": times.get("data", 0.0) / seconds,
             "memory/peak_gib": peak_memory_gib(self._device),
         }
+        if self.entities:
+            values["train/entity_loss"], values["train/entity_accuracy"] = (
+                table[4:] / self.entities
+            ).tolist()
         for phase in ("forward", "backward", "bank", "optimizer"):
             values[f"time/{phase}_s"] = times.get(phase, 0.0) / steps
         return values
 
 
 def mentions_per_step(config: Config) -> int:
-    """Most mentions a rank handles in an optimizer step: the cap K, and as many long-tail words."""
+    """Most mentions a rank handles in an optimizer step: the cap K, and as many long-tail words.
+
+    With ``decoding.mentions: all`` there is no cap, and one in four tokens is dense for a text.
+    """
     train = config.train
     sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps
     per_sequence = config.injection.max_per_128_tokens * math.ceil(config.data.max_seq_length / 128)
+    if config.decoding.enabled and config.decoding.mentions == "all":
+        per_sequence = max(per_sequence, config.data.max_seq_length // 4)
     return sequences * 2 * per_sequence
 
 

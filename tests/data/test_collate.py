@@ -72,10 +72,18 @@ def test_every_field():
     assert batch.decode_relation.tolist() == [0, 1, 1]
     assert batch.decode_tokens.tolist() == [[10, 11, 12]] * 3
     assert batch.negatives.tolist() == [7, 8]
-    assert batch.counts() == {"mlm": 3, "cka": 9, "tokens": 19, "sequences": 3, "mentions": 3}
+    assert batch.counts() == {
+        "mlm": 3,
+        "cka": 9,
+        "entity": 0,
+        "tokens": 19,
+        "sequences": 3,
+        "mentions": 3,
+    }
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
-            assert value.dtype == (torch.bool if name == "mention_injected" else torch.int64), name
+            kinds = {"mention_injected": torch.bool, "entity_log_q": torch.float32}
+            assert value.dtype == kinds.get(name, torch.int64), name
 
 
 def test_targets_know_the_masked_mention_they_belong_to():
@@ -95,7 +103,14 @@ def test_targets_know_the_masked_mention_they_belong_to():
 def test_no_mentions_and_no_targets_keep_every_shape():
     batch = collate([example(0, 4), example(1, 5)])
     assert batch.mention_spans.shape == (0, 3) and batch.decode_tokens.shape == (0, 0)
-    assert batch.counts() == {"mlm": 0, "cka": 0, "tokens": 9, "sequences": 2, "mentions": 0}
+    assert batch.counts() == {
+        "mlm": 0,
+        "cka": 0,
+        "entity": 0,
+        "tokens": 9,
+        "sequences": 2,
+        "mentions": 0,
+    }
 
 
 @pytest.mark.parametrize("length, multiple, limit, size", [(6, 8, 32, 8), (8, 8, 32, 8),

@@ -351,3 +351,32 @@ def test_unscored_mentions_are_refused(configure, graph, tables, monkeypatch):
         MentionSampler(configure(), graph, tables)
     plain = configure(injection__form="none", memory__enabled=False, decoding__enabled=False)
     MentionSampler(plain, graph, tables)
+
+
+def test_all_mentions_are_decoded_and_only_selected_ones_injected(corpus, configure, graph, tables):
+    changes = {"injection__max_per_128_tokens": 1, "decoding__triple": "all"}
+    selected = MentionSampler(configure(**changes), graph, tables)
+    everyone = MentionSampler(configure(decoding__mentions="all", **changes), graph, tables)
+    added = 0
+    for sample in corpus.samples["train"]:
+        few, many = selected(sample, 0), everyone(sample, 0)
+        asked = {tuple(span) for span in many.spans[many.decode_mention].tolist()}
+        with_triples = {
+            (left, right)
+            for left, right, key in sample.spans.tolist()
+            if key < graph.num_entities and graph.degree(key)
+        }
+        assert asked == with_triples
+        for row, key in enumerate(many.keys.tolist()):
+            if key < graph.num_entities:
+                count = (many.decode_mention == row).sum()
+                assert count == min(8, graph.degree(key))
+        # What was there is there unchanged, and what was added is neither injected nor without use.
+        kept = [span in few.spans.tolist() for span in many.spans.tolist()]
+        for name in ("spans", "keys", "injected", "role", "relation", "other"):
+            np.testing.assert_array_equal(getattr(many, name)[kept], getattr(few, name))
+        new = np.flatnonzero(~np.array(kept, dtype=bool))
+        assert not many.injected[new].any() and not many.role[new].any()
+        assert set(new) <= set(many.decode_mention.tolist())
+        added += len(new)
+    assert added > 50

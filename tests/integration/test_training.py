@@ -1,5 +1,6 @@
 """Whole runs: every ZeRO configuration and method, two ranks as one, resume as no stop."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -35,6 +36,7 @@ def one_rank(data_dir, tmp_path_factory):
     }
     for form in SPLIT_FORMS:
         jobs[f"split {form}"] = (split_run, data_dir, folder / form, form)
+    jobs["objectives"] = (objectives_run, data_dir, folder / "objectives")
     return run_ranks(several, 1, jobs)[0]
 
 
@@ -46,6 +48,8 @@ def two_ranks(data_dir, tmp_path_factory):
         "zero": (zero_matrix, data_dir, folder / "zero"),
         "off path": (frozen_off_path, data_dir, folder / "off"),
         "hours": (timed_run, data_dir, folder / "hours"),
+        "objectives": (objectives_run, data_dir, folder / "objectives"),
+        "one sided": (one_sided_run, data_dir, folder / "one sided"),
     }
     for form in SPLIT_FORMS:
         jobs[f"split {form}"] = (split_run, data_dir, folder / form, form)
@@ -166,6 +170,79 @@ def test_two_ranks_equal_one(one_rank, two_ranks, form):
         assert torch.equal(other["routing"][name], two["routing"][name]), name
 
 
+OBJECTIVES = {
+    "decoding__entity_weight": 0.5,
+    "decoding__entity_negatives": 5,
+    "decoding__mentions": "all",
+    "decoding__triple": "all",
+}
+OBJECTIVE_KEYS = ("train/loss", "train/entity_loss", "train/entity_accuracy")
+
+
+def logged(trainer) -> list[list[float]]:
+    rows = read_metrics(trainer.output_dir / "metrics.jsonl")
+    return [[row[key] for key in OBJECTIVE_KEYS] for row in rows if "train/loss" in row]
+
+
+def objectives_run(rank, world_size, data_dir, output_dir):
+    trainer = make_trainer(
+        data_dir,
+        output_dir / f"w{world_size}",
+        train__per_device_train_batch_size=2,
+        train__gradient_accumulation_steps=4 // world_size,
+        train__max_steps=3,
+        **OBJECTIVES,
+        **DOTTED_NO_DROPOUT,
+    )
+    trainer.train()
+    trainer.engine.destroy()
+    return logged(trainer)
+
+
+def test_objectives_on_two_ranks_equal_one(one_rank, two_ranks):
+    one, two = torch.tensor(one_rank["objectives"]), torch.tensor(two_ranks[0]["objectives"])
+    assert one.shape == (3, len(OBJECTIVE_KEYS)) and one[:, 1].min() > 0
+    torch.testing.assert_close(two, one, rtol=2e-4, atol=2e-4)
+
+
+def one_sided_run(rank, world_size, data_dir, output_dir):
+    """Rank 1 never has anything to decode: under ZeRO-3 both must call the same modules."""
+    found = {}
+    for zero in ("zero0", "zero3"):
+        trainer = make_trainer(
+            data_dir,
+            output_dir / zero,
+            zero=zero,
+            train__max_steps=2,
+            **OBJECTIVES,
+            **DOTTED_NO_DROPOUT,
+        )
+        plan, step = trainer._plan, trainer._step
+        trainer._plan = lambda micro, plan=plan: plan(one_sided(micro, rank))
+        trainer._step = lambda micro, p, step=step: step(one_sided(micro, rank), p)
+        trainer.train()
+        trainer.engine.destroy()
+        found[zero] = logged(trainer)
+    return found
+
+
+def one_sided(micro_batches, rank) -> list:
+    names = ("decode_mention", "decode_relation", "decode_other", "decode_tokens")
+    names += ("entity_gold", "entity_hits")
+    return [
+        dataclasses.replace(b, **{name: getattr(b, name)[:0] for name in names}) if rank else b
+        for b in micro_batches
+    ]
+
+
+def test_a_rank_without_anything_to_decode_trains_alike_under_zero_3(two_ranks):
+    found = two_ranks[0]["one sided"]
+    assert len(found["zero3"]) == 2 and torch.tensor(found["zero3"]).isfinite().all()
+    torch.testing.assert_close(
+        torch.tensor(found["zero3"]), torch.tensor(found["zero0"]), rtol=1e-4, atol=1e-4
+    )
+
+
 def resumed_run(rank, world_size, data_dir, output_dir, settings):
     straight = run_once(data_dir, output_dir / "straight", **settings)
     stopped = make_trainer(data_dir, output_dir / "stopped", **settings)
@@ -201,6 +278,7 @@ RESUMED = {
     "zero1 random": ACCUMULATED | {"zero": "zero1", "routing__form": "random"},
     "hard negatives": REFRESHED | {"decoding__hard_negatives": 4},
     "no hard negatives": REFRESHED,
+    "entities": REFRESHED | {"decoding__hard_negatives": 4, "decoding__entity_weight": 0.5},
 }
 
 

@@ -49,6 +49,24 @@ def test_edges_match_a_plain_loop(corpus):
     assert some_without and graph.degrees().sum() == 2 * len(triples)
 
 
+def test_answers_match_a_plain_loop(corpus):
+    graph = KnowledgeGraph.load(corpus.folder)
+    facts = set(map(tuple, corpus.triples.tolist()))
+    n, r = graph.num_entities, graph.num_relations
+    asked = np.array([(e, via) for e in range(n) for via in range(2 * r)] * 2)  # each asked twice
+    for candidates in (np.arange(n), np.array([0, 3, 4, 11, n - 1]), np.array([], dtype=np.int64)):
+        rows, columns = graph.answers(asked[:, 0], asked[:, 1], candidates)
+        expected = [
+            (i, j)
+            for i, (e, via) in enumerate(asked.tolist())
+            for j, c in enumerate(candidates.tolist())
+            if ((e, via, c) if via < r else (c, via - r, e)) in facts
+        ]
+        assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
+        assert bool(expected) == bool(len(candidates))
+    assert graph.answers(asked[:0, 0], asked[:0, 1], np.arange(n))[0].shape == (0,)
+
+
 def test_edges_at_the_borders(tmp_path):
     """Self loops, parallel relations, and an entity range with gaps at both ends."""
     entities = [(f"Q{i}", f"n{i}", "") for i in range(6)]

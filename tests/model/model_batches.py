@@ -60,6 +60,21 @@ def make_model(seed=0, **overrides):
     return model
 
 
+def make_candidates(decode, seed=0):
+    """The fields of entity decoding: twelve names, row i's answer is name i, and some hits."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(5, VOCAB, (12, 3))
+    tokens[::2, 2] = tokens[::3, 1] = -1
+    tokens[:, 2][tokens[:, 1] < 0] = -1
+    hits = [row * 12 + column for row in range(0, len(decode), 2) for column in (7, 9)]
+    return {
+        "entity_tokens": torch.as_tensor(tokens),
+        "entity_log_q": torch.as_tensor(np.log(rng.random(12)), dtype=torch.float32),
+        "entity_gold": torch.arange(len(decode)),
+        "entity_hits": torch.tensor(hits, dtype=torch.int64),
+    }
+
+
 def make_batch(lengths=(14, 9, 20), mentions=None, decode=None, text_length=0, seed=0):
     """A micro-batch.
 
@@ -127,6 +142,7 @@ def make_batch(lengths=(14, 9, 20), mentions=None, decode=None, text_length=0, s
         decode_other=tensor([0] * len(decode)),
         decode_tokens=tensor(gold, (len(decode), width)),
         negatives=tensor(rng.integers(5, VOCAB, 9)),
+        **make_candidates(decode),
         num_tokens=sum(lengths),
         num_mlm_mentions=0,
     )

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from trelm_ds.losses import TokenPrior, gold_log_probability, mlm_loss_sum, total_loss
+from trelm_ds.losses import (
+    TokenPrior,
+    entity_scores,
+    gold_log_probability,
+    mlm_loss_sum,
+    total_loss,
+)
 
 
 def test_mlm_loss_is_the_sum_over_masked_positions():
@@ -108,6 +114,43 @@ def test_prior_keeps_float32_when_the_model_is_cast():
 def test_prior_gives_tokens_outside_its_support_the_smallest_probability():
     prior = TokenPrior(torch.tensor([-1.0, float("-inf"), -7.0]))
     assert prior(torch.tensor([1])).item() == -7.0
+
+
+def test_entity_softmax_against_a_loop():
+    torch.manual_seed(3)
+    states = torch.randn(4, 6, dtype=torch.float64)
+    vectors = torch.randn(5, 6, dtype=torch.float64)
+    log_q = torch.rand(5).log()
+    gold = torch.tensor([2, 0, 4, 1])
+    answers = {0: {1, 4}, 3: {0, 2, 3, 4}}  # other right answers; row 3 has nothing else
+    hits = torch.tensor([row * 5 + c for row, others in answers.items() for c in others])
+    log_p, first = entity_scores(states, vectors, log_q, gold, hits)
+    for row in range(4):
+        score = (vectors @ states[row]).tolist()
+        kept = [c for c in range(5) if c not in answers.get(row, ())]
+        weight = {c: math.exp(score[c] - float(log_q[c])) for c in kept}
+        own = int(gold[row])
+        assert log_p[row].item() == pytest.approx(math.log(weight[own] / sum(weight.values())))
+        assert bool(first[row]) == (own == max(kept, key=lambda c: score[c]))
+    assert log_p[3].item() == 0 and first[3] and not first.all()
+
+
+def test_entity_softmax_of_no_triples_and_of_bf16_states():
+    vectors = torch.randn(5, 6, dtype=torch.bfloat16, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    log_p, first = entity_scores(torch.zeros(0, 6), vectors, torch.zeros(5), none, none)
+    assert log_p.shape == first.shape == (0,)
+    log_p.sum().backward()
+    assert not vectors.grad.any()  # connected: under ZeRO every rank has a gradient
+    states = torch.randn(3, 6, dtype=torch.bfloat16, requires_grad=True)
+    gold, hits = torch.tensor([0, 1, 1]), torch.tensor([1, 6 + 2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        log_p, _ = entity_scores(states, vectors, torch.zeros(5), gold, hits)
+    expected, _ = entity_scores(states.double(), vectors.double(), torch.zeros(5), gold, hits)
+    assert log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p.double(), expected, rtol=1e-5, atol=1e-5)
+    log_p.sum().backward()
+    assert torch.isfinite(states.grad).all() and torch.isfinite(vectors.grad).all()
 
 
 @pytest.mark.parametrize("theta", [0.0, 0.3, 1.0])

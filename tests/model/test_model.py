@@ -251,6 +251,40 @@ def test_step_output_against_loops(model_type):
     assert output.local_memory.dtype == output.cls.dtype == torch.float32
 
 
+def test_entity_loss_against_a_loop():
+    model = make_model(decoding__entity_weight=0.3).double().eval()
+    batch = make_batch()
+    output = model(batch, None, 0.0, Normalizers(mlm=3.0, cka=5.0, entity=7.0))
+    states = encode(model.backbone, model._embed(batch, None, 0.0), batch.attention_mask)
+    table, loss, first = model.word_embeddings.weight, 0.0, 0
+    vectors = [table[[t for t in name if t >= 0]].mean(0) for name in batch.entity_tokens.tolist()]
+    for i, (mention, relation) in enumerate(
+        zip(batch.decode_mention.tolist(), batch.decode_relation.tolist(), strict=True)
+    ):
+        row, left, right = batch.mention_spans[mention].tolist()
+        h = model.decoder.transition @ states[row, left:right].mean(0)
+        h = torch.tanh(model.decoder.relation.weight[relation] * h)
+        hits = {h - 12 * i for h in batch.entity_hits.tolist()}
+        kept = [c for c in range(12) if c not in hits]
+        score = {c: (h @ vectors[c]).item() for c in kept}
+        weight = {c: math.exp(score[c] - batch.entity_log_q[c].item()) for c in kept}
+        own = batch.entity_gold[i].item()
+        loss -= math.log(weight[own] / sum(weight.values()))
+        first += own == max(kept, key=score.get)
+    assert output.entity_sums.tolist() == pytest.approx([loss, first], rel=1e-6)
+    plain = make_model().double().eval()(batch, None, 0.0, Normalizers(mlm=3.0, cka=5.0))
+    assert output.cka_loss == plain.cka_loss and output.mlm_loss == plain.mlm_loss
+    torch.testing.assert_close(output.gold_probability, plain.gold_probability, rtol=0, atol=0)
+    expected = 0.5 * plain.mlm_loss + 0.5 * (0.7 * plain.cka_loss + 0.3 * loss / 7)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_without_a_weight_entities_are_not_looked_at():
+    batch = make_batch()
+    batch.entity_tokens = batch.entity_log_q = batch.entity_gold = batch.entity_hits = None
+    assert not make_model().eval()(batch, None, 0.0, ONES).entity_sums.any()
+
+
 def test_theta_weighs_the_losses():
     batch = make_batch()
     model = make_model(decoding__loss_weight=0.8).eval()
@@ -286,6 +320,7 @@ FORMS = {
     "checkpointed": {"model__gradient_checkpointing": True},
     "roberta": {"model__model_type": "roberta"},
     "strict": {"routing__scope": "strict", "routing__form": "block"},
+    "entities": {"decoding__entity_weight": 0.5},
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from trelm_ds.data.candidates import no_candidates
 from trelm_ds.data.sampling import SampledMentions
 from trelm_ds.data.schema import ROLE_NONE
 from trelm_ds.data.special import SpecialTokens
@@ -46,6 +47,11 @@ class Batch:
         decode_other: int64 [D] the gold entity.
         decode_tokens: int64 [D, T] its name's tokens, padded with -1.
         negatives: int64 [N] token ids shared by the optimizer step.
+        entity_tokens: int64 [C, X] name tokens of the entities that triples choose among, padded
+            with -1; C and the lengths of the next three are 0 without entity decoding.
+        entity_log_q: float32 [C] log probability of being a candidate, by the draw of negatives.
+        entity_gold: int64 [D] the candidate that is decode_other.
+        entity_hits: int64 [H] flat into D * C: other right answers, which are no negatives.
         num_tokens: real tokens.
         num_mlm_mentions: G, mentions masked whole.
     """
@@ -71,6 +77,10 @@ class Batch:
     decode_other: torch.Tensor
     decode_tokens: torch.Tensor
     negatives: torch.Tensor
+    entity_tokens: torch.Tensor
+    entity_log_q: torch.Tensor
+    entity_gold: torch.Tensor
+    entity_hits: torch.Tensor
     num_tokens: int
     num_mlm_mentions: int
 
@@ -95,13 +105,15 @@ class Batch:
         return dataclasses.replace(self, **moved)
 
     def counts(self) -> dict[str, int]:
-        """Loss terms and sizes: mlm targets, decoded tokens (cka), tokens, sequences, mentions.
+        """Loss terms and sizes: mlm targets, decoded tokens (cka) and triples decoded as
+        entities, tokens, sequences, mentions.
 
         Reads ``decode_tokens``: call it before ``to`` sends the batch to a device.
         """
         return {
             "mlm": len(self.mlm_positions),
             "cka": int((self.decode_tokens >= 0).sum()),
+            "entity": len(self.entity_gold),
             "tokens": self.num_tokens,
             "sequences": len(self.input_ids),
             "mentions": len(self.mention_keys),
@@ -162,6 +174,8 @@ class Collator:
     def __call__(self, examples: list[Example], negatives: np.ndarray) -> dict:
         """Arrays for ``Batch.from_numpy``; arrays travel between processes better than tensors.
 
+        The fields of entity decoding are empty: ``EntityCandidates`` fills them.
+
         Args:
             examples: the micro-batch.
             negatives: int64 [N].
@@ -219,6 +233,7 @@ class Collator:
             "decode_other": joined("decode_entity"),
             "decode_tokens": self._gold_tokens(joined("decode_entity")),
             "negatives": negatives,
+            **no_candidates(),
             "num_tokens": int(lengths.sum()),
             "num_mlm_mentions": len(masked_keys),
         }

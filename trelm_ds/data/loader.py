@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trelm_ds.config import Config
 from trelm_ds.data import rng
+from trelm_ds.data.candidates import EntityCandidates
 from trelm_ds.data.collate import Batch, Collator, Example
 from trelm_ds.data.masking import Masker
 from trelm_ds.data.negatives import NegativeSampler, negative_distribution
@@ -90,6 +91,7 @@ class _MicroBatches(Dataset):
         mentions: MentionSampler,
         collator: Collator,
         negatives: NegativeSampler | None,
+        candidates: EntityCandidates | None,
         num_entities: int,
         global_batch: int,
     ):
@@ -99,6 +101,7 @@ class _MicroBatches(Dataset):
         self._mentions = mentions
         self._collator = collator
         self._negatives = negatives
+        self._candidates = candidates
         self._num_entities = num_entities
         self._global_batch = global_batch
 
@@ -130,7 +133,17 @@ class _MicroBatches(Dataset):
         negatives = np.zeros(0, dtype=np.int64)
         if self._negatives is not None:
             negatives = self._negatives(step)
-        return self._collator(examples, negatives)
+        arrays = self._collator(examples, negatives)
+        if self._candidates is not None:
+            keys = arrays["mention_keys"]
+            arrays |= self._candidates(
+                step,
+                keys[arrays["decode_mention"]],
+                arrays["decode_relation"],
+                arrays["decode_other"],
+                offered=keys[keys < self._num_entities],
+            )
+        return arrays
 
 
 class _Positions(Sampler):
@@ -228,7 +241,9 @@ class StepLoader:
             raise DataError(f"{data_dir}: importance.npy does not score the spans of {split!r}")
         vocab_size = self.manifest["tokenizer"]["vocab_size"]
         special = SpecialTokens.load(data_dir, vocab_size)
-        negatives = None
+        negatives = candidates = None
+        if config.decoding.enabled and config.decoding.entity_weight:
+            candidates = EntityCandidates(config, graph, tables)
         if config.decoding.enabled:
             distribution = negative_distribution(
                 tables, graph, vocab_size, config.decoding.unigram_power
@@ -257,6 +272,7 @@ class StepLoader:
                 text_length if config.injection.form == "encoder" else 0,
             ),
             negatives,
+            candidates,
             graph.num_entities,
             self.global_batch,
         )

@@ -35,25 +35,44 @@ def negative_distribution(
     return weights / weights.sum()
 
 
+def entity_distribution(tables: KnowledgeTables, graph: KnowledgeGraph, power: float) -> np.ndarray:
+    """Q(e) ~ count(e) ** power over the entities of the training triples that have a name.
+
+    Returns:
+        float64 [N], sums to 1; 0 for an entity without a triple or a name, whatever the power.
+    Raises:
+        DataError: no training triple has an entity with a name.
+    """
+    counts = graph.degrees() * (np.asarray(tables.entity_names)[:, 0] >= 0)
+    if not counts.any():
+        raise DataError(f"{graph.folder}: no training triple has an entity with a name to decode")
+    weights = np.where(counts > 0, counts, 1.0) ** power * (counts > 0)
+    return weights / weights.sum()
+
+
 class NegativeSampler:
     """Draws the negatives that one optimizer step shares, the same on every rank.
 
     Args:
-        distribution: float64 [V] from ``negative_distribution``.
+        distribution: float64 [V] from ``negative_distribution`` or ``entity_distribution``.
         count: N.
         seed: the run's seed.
+        purpose: of the stream: ``rng.NEGATIVES`` for tokens.
     """
 
-    def __init__(self, distribution: np.ndarray, count: int, seed: int):
+    def __init__(
+        self, distribution: np.ndarray, count: int, seed: int, purpose: int = rng.NEGATIVES
+    ):
         # Only tokens that can be drawn: rounding can then never hit one of probability zero.
         self._tokens = np.flatnonzero(distribution)
         cumulative = np.cumsum(distribution[self._tokens])
         self._cumulative = cumulative / cumulative[-1]
         self._count = count
         self._seed = seed
+        self._purpose = purpose
 
     def __call__(self, step: int) -> np.ndarray:
-        """int64 [N] token ids, drawn with replacement."""
-        stream = rng.generator(self._seed, rng.NEGATIVES, step)
+        """int64 [N] tokens or entities, drawn with replacement."""
+        stream = rng.generator(self._seed, self._purpose, step)
         drawn = np.searchsorted(self._cumulative, stream.random(self._count), side="right")
         return self._tokens[drawn]

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-ORDER, MASKING, MENTION, NEGATIVES, HELDOUT, HARD_NEGATIVES = range(
-    1, 7
-)  # purposes; never renumber
+# Purposes; never renumber.
+ORDER, MASKING, MENTION, NEGATIVES, HELDOUT, HARD_NEGATIVES, ENTITY_NEGATIVES = range(1, 8)
 
 _MASK64 = (1 << 64) - 1
 

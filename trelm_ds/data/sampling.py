@@ -2,8 +2,10 @@
 
 A mention is *selected* when it passes ``injection.selection`` and the cap of K per 128 tokens.
 Selected mentions and long-tail words are what matters to a batch. A selected mention is *injected*
-with probability ``injection.probability`` and decoded whatever that draw says. All draws depend on
-(seed, sample, span number, epoch), so every method sees the same triple at the same place.
+with probability ``injection.probability`` and decoded whatever that draw says. With
+``decoding.mentions: all`` every other mention that has a triple is decoded too, never injected; its
+memory is kept like that of any mention of the batch. All draws depend on (seed, sample, span
+number, epoch), so every method sees the same triple at the same place.
 """
 
 from __future__ import annotations
@@ -181,6 +183,7 @@ class MentionSampler:
         is_entity = sample.spans[:, 2] < graph.num_entities
         near = set(sample.spans[is_entity, 2].tolist())
         selected = set(self.select(sample).tolist())
+        ask_all = config.decoding.enabled and config.decoding.mentions == "all"
         use_words = config.memory.enabled and config.injection.long_tail_words
         # A row for every span and use, whatever the method: methods share them.
         stream = rng.generator(self._seed, rng.MENTION, epoch, sample.id)
@@ -191,7 +194,8 @@ class MentionSampler:
                 if use_words:  # its own token embedding in place of h_e, mixed with memory
                     rows.append((left, right, key, True, ROLE_NONE, 0, 0))
                 continue
-            if number not in selected:
+            is_selected = number in selected
+            if not is_selected and not ask_all:
                 continue
             inject_draw, triple_draw, *decode_draws = draws[number]
             triple = self._choose_triple(key, near, triple_draw)
@@ -199,6 +203,8 @@ class MentionSampler:
             asked = []
             if config.decoding.enabled and triple:
                 asked = self._triples_to_decode(sample, epoch, number, triple, decode_draws)
+            if not is_selected and not asked:
+                continue
             for how, via, entity in asked:
                 inverse = graph.num_relations if how == ROLE_TAIL else 0
                 decoded.append((len(rows), via + inverse, entity))
@@ -206,7 +212,7 @@ class MentionSampler:
             gives_away = config.decoding.triple == "different" and any(
                 entity == triple[2] for _, _, entity in asked
             )
-            inject = bool(inject_draw < config.injection.probability)
+            inject = is_selected and bool(inject_draw < config.injection.probability)
             if inject and triple and config.injection.form != "none" and not gives_away:
                 role, relation, other = triple
             # Without a triple there is only memory to mix in.

@@ -142,6 +142,17 @@ def _triple_codes(triples: np.ndarray, entities: int, relations: int) -> np.ndar
     return (head * relations + relation) * entities + tail
 
 
+def _ranges(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of every range [low, high), one after the other, and whose range each is in.
+
+    Returns:
+        int64 [n] the ranges' indices, int64 [n] the numbers.
+    """
+    size = high - low
+    owner = np.repeat(np.arange(len(low)), size)
+    return owner, np.arange(len(owner)) + (low - (np.cumsum(size) - size))[owner]
+
+
 class KnowledgeGraph:
     """Entities, relations and training triples; make it with ``load``.
 
@@ -202,6 +213,48 @@ class KnowledgeGraph:
         inside = place < len(self._codes)
         found[inside] = self._codes[place[inside]] == asked[inside]
         return found
+
+    def answers(
+        self, entities: np.ndarray, relations: np.ndarray, candidates: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which candidates answer which questions, by the training triples.
+
+        Works on head edges alone, the questions' entities' and the candidates', as
+        ``edges_between`` does: nothing here is of the size of a country's tail edges, nor of
+        questions times candidates.
+
+        Args:
+            entities: int64 [D].
+            relations: int64 [D] in [0, 2R): r asks for the tails of (entity, r), R + r for the
+                heads of (r, entity).
+            candidates: int64 [C], distinct and ascending.
+        Returns:
+            int64 [H] rows of questions and int64 [H] columns of candidates, each pair once.
+        """
+        forward = np.flatnonzero(relations < self.num_relations)
+        codes = self._codes
+        # The tails of (head, relation) follow each other in the sorted triples.
+        first = (entities[forward] * self.num_relations + relations[forward]) * self.num_entities
+        low, high = np.searchsorted(codes, first), np.searchsorted(codes, first + self.num_entities)
+        owner, place = _ranges(low, high)
+        tails = self.triples[place, 2]
+        column = np.searchsorted(candidates, tails)
+        found = column < len(candidates)
+        found[found] = candidates[column[found]] == tails[found]
+        rows, columns = forward[owner[found]], column[found]
+
+        backward = np.flatnonzero(relations >= self.num_relations)
+        if not len(backward):
+            return rows, columns
+        asked = entities[backward] * self.num_relations + relations[backward] - self.num_relations
+        order = np.argsort(asked, kind="stable")
+        backward, asked = backward[order], asked[order]
+        edge_of, place = _ranges(self._head_offsets[candidates], self._head_offsets[candidates + 1])
+        edges = self.triples[place]
+        given = edges[:, 2].astype(np.int64) * self.num_relations + edges[:, 1]
+        low, high = (np.searchsorted(asked, given, side=side) for side in ("left", "right"))
+        owner, place = _ranges(low, high)
+        return np.r_[rows, backward[place]], np.r_[columns, edge_of[owner]]
 
     # Names are read when asked for: millions of strings that loader processes never need.
 
