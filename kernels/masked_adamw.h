@@ -36,6 +36,8 @@ class Correction {
   std::vector<float> narrow_roots;
 };
 
+constexpr int64_t kPrefetchElements = 256;  // 1 KiB ahead in float32, the best of 128 to 1024
+
 // The update's numbers; -lr / (1 - beta1^t) and sqrt(1 - beta2^t) depend on an entry's count t.
 template <typename T>
 struct AdamW {
@@ -70,7 +72,7 @@ struct AdamW {
   template <bool per_element>
   void update(
       T* param, const T* grad, T* exp_avg, T* exp_avg_sq, int64_t size, const T* steps,
-      const T* scales) const {
+      const T* scales, int64_t reach = 0) const {
     using Vec = Vectorized<T>;
     // lerp in the form that torch takes, exact at both ends
     const bool near = std::abs(lerp_weight) < T(0.5);
@@ -88,11 +90,22 @@ struct AdamW {
       store(v, exp_avg_sq + i);
       store(p, param + i);
     };
+    const auto load_whole = [](const T* from) { return Vec::loadu(from); };
+    const auto store_whole = [](const Vec& value, T* to) { value.store(to); };
     const int64_t whole = size - size % Vec::size();
-    for (int64_t i = 0; i < whole; i += Vec::size()) {
-      update_vector(
-          i, [](const T* from) { return Vec::loadu(from); },
-          [](const Vec& value, T* to) { value.store(to); });
+    int64_t i = 0;
+    // The hardware's prefetchers stop at each page of four streams; asking ahead keeps them going.
+    // Not beyond `reach`: what follows is off the path.
+    const int64_t ahead = std::min(whole, reach - kPrefetchElements);
+    for (; i < ahead; i += Vec::size()) {
+      __builtin_prefetch(param + i + kPrefetchElements, 1);
+      __builtin_prefetch(grad + i + kPrefetchElements, 0);
+      __builtin_prefetch(exp_avg + i + kPrefetchElements, 1);
+      __builtin_prefetch(exp_avg_sq + i + kPrefetchElements, 1);
+      update_vector(i, load_whole, store_whole);
+    }
+    for (; i < whole; i += Vec::size()) {
+      update_vector(i, load_whole, store_whole);
     }
     if (const int64_t rest = size - whole) {
       update_vector(
@@ -109,6 +122,7 @@ struct AdamW {
 // Elements [begin, end) of the fragment: (a part of) one row, or of several with one count t.
 struct Span {
   int64_t begin, end, count;
+  int64_t reach;  // end of the path's run of neighbouring rows, whatever their counts
 };
 
 constexpr int64_t kSpanElements = 4096;  // one thread's unit of work
@@ -125,15 +139,20 @@ inline std::vector<Span> active_spans(
     const int64_t begin = std::max<int64_t>(0, row * row_length - fragment_start);
     const int64_t end = std::min(size, (row + 1) * row_length - fragment_start);
     if (!rows.empty() && rows.back().end == begin && rows.back().count == row_counts[row]) {
-      rows.back().end = end;
+      rows.back().end = rows.back().reach = end;
     } else {
-      rows.push_back({begin, end, row_counts[row]});
+      rows.push_back({begin, end, row_counts[row], end});
+    }
+  }
+  for (size_t i = rows.size(); i-- > 1;) {
+    if (rows[i - 1].end == rows[i].begin) {
+      rows[i - 1].reach = rows[i].reach;
     }
   }
   std::vector<Span> spans;
   for (const Span& row : rows) {
     for (int64_t begin = row.begin; begin < row.end; begin += kSpanElements) {
-      spans.push_back({begin, std::min(row.end, begin + kSpanElements), row.count});
+      spans.push_back({begin, std::min(row.end, begin + kSpanElements), row.count, row.reach});
     }
   }
   return spans;
@@ -223,7 +242,7 @@ void update_span(
       const T scale = adamw.denominator_scale(span.count);
       adamw.template update<false>(
           param + span.begin, grad + span.begin, exp_avg + span.begin, exp_avg_sq + span.begin,
-          span.end - span.begin, &step, &scale);
+          span.end - span.begin, &step, &scale, span.reach - span.begin);
       return;
     }
   }

@@ -38,12 +38,14 @@ void add_scores(
     } else {
       const scalar_t* a = activation + positions[p] * activation_stride + begin;
       for (int64_t j = 0; j < vector_end; j += Vec::size()) {
-        at::vec::fmadd(Vec(-weight) * load_wide(a + j), load_wide(g + j), Vec::loadu(sums + j))
+        // The product is rounded before it is weighed, as in the reference: terms that overflow
+        // in both directions add up to NaN, which is never selected, in whatever order they come.
+        at::vec::fmadd(Vec(-weight), load_wide(a + j) * load_wide(g + j), Vec::loadu(sums + j))
             .store(sums + j);
       }
       for (int64_t j = vector_end; j < width; ++j) {
-        const acc_t scaled = -weight * static_cast<acc_t>(a[j]);
-        sums[j] = std::fma(scaled, static_cast<acc_t>(g[j]), sums[j]);
+        const acc_t product = static_cast<acc_t>(a[j]) * static_cast<acc_t>(g[j]);
+        sums[j] = std::fma(-weight, product, sums[j]);
       }
     }
   }

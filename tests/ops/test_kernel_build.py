@@ -87,6 +87,33 @@ def test_a_killed_build_blocks_nobody(compiler, repo):
             os.killpg(victim.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
+def test_a_build_killed_half_way_is_built_again_and_loads(tmp_path, repo):
+    """The real compiler, its whole process group killed while it runs."""
+    build.find_compiler()
+    environment = os.environ | {"TRELM_CACHE": str(tmp_path)}
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "trelm_ds.ops.build"],
+        cwd=repo, env=environment, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("kernels/*.lock")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(2)  # the compiler is at work
+    os.killpg(victim.pid, signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    assert not list(tmp_path.glob("kernels/*.so"))
+    check = (
+        "import torch; from trelm_ds import ops; assert ops.load_kernels(); "
+        "assert ops.select_paths(torch.tensor([1.0, 3.0, 2.0]), 2).tolist() == [1, 2]"
+    )
+    environment.pop("TRELM_KERNELS", None)
+    subprocess.run(
+        [sys.executable, "-c", check], cwd=repo, env=environment, check=True, timeout=240
+    )
+    assert _files(tmp_path / "kernels") == [".lock", ".so"]
+
+
 def test_a_failing_compiler_is_named_and_leaves_nothing(compiler):
     compiler("echo 'x.h:1: error: no such thing' >&2; exit 1")
     with pytest.raises(KernelBuildError, match="compiler failed: x.h:1: error: no such thing"):

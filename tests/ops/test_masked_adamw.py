@@ -170,6 +170,32 @@ def test_a_fragment_of_the_reference(kernels):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
+def test_a_bad_gradient_spoils_its_own_entry_alone(ops, bad, masked):
+    columns = torch.ones(WIDTH, dtype=torch.uint8) if masked else None
+    tensors, clean = _matrix(), _matrix()
+    spoilt = torch.zeros(ROWS * WIDTH, dtype=torch.bool)
+    spoilt[[3 * WIDTH + 7, 5 * WIDTH]] = True
+    tensors[1][spoilt] = bad
+    counts = torch.tensor([0, 1, 2] * 4)
+    for t in (tensors, clean):
+        _call(ops, t, counts, columns=columns)
+    on = counts.repeat_interleave(WIDTH) > 0
+    for found, wanted in zip((tensors[0], *tensors[2:]), (clean[0], *clean[2:]), strict=True):
+        assert torch.equal(found[~spoilt | ~on], wanted[~spoilt | ~on])
+    assert not tensors[3][spoilt & on].isfinite().any()
+
+
+def test_one_row_and_one_element(ops):
+    for width, start, stop in ((40, 0, 40), (40, 3, 4), (1, 0, 1)):
+        tensors = [t[start:stop].clone() for t in _matrix(rows=1, width=width)]
+        expected = _torch_adamw(*tensors, 9)
+        _call(ops, tensors, [9], start, width=width)
+        for found, wanted in zip((tensors[0], *tensors[2:]), expected, strict=True):
+            _assert_within_an_ulp(found, wanted)
+
+
 def test_biases_and_empty_fragments(ops):
     tensors = _matrix(rows=50, width=1)
     expected = _torch_adamw(*tensors, 4)
@@ -213,11 +239,12 @@ def test_wrong_arguments_are_errors(kernels):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_opcheck(kernels, full):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(kernels, dtype, full):
     columns = torch.ones(WIDTH, dtype=torch.uint8) if full else None
     updates = torch.zeros(ROWS * WIDTH) if full else None
     torch.library.opcheck(
         torch.ops.trelm.masked_adamw_.default,
-        (*_matrix(), 0, WIDTH, torch.ones(ROWS, dtype=torch.int64), columns, updates)
+        (*_matrix(dtype), 0, WIDTH, torch.ones(ROWS, dtype=torch.int64), columns, updates)
         + tuple(NUMBERS.values()),
     )

@@ -69,6 +69,29 @@ def test_huge_and_nan_values_stay_in_their_neuron(ops):
     assert torch.equal(scores[others], expected[others])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_values_of_each_dtype(ops, dtype):
+    """fp16 and bf16 are summed in float32: a product beyond fp16's range is no infinity; beyond
+    float32's it is one, with its sign, and of opposite ones NaN: never selected."""
+    largest = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).max
+    activation = torch.tensor([[1.0, 1, -1, 1], [1, 1, 1, 1]], dtype=dtype) * largest
+    gradient = torch.tensor([[1.0, 0, 1, 1], [1, 1, 1, -1]], dtype=dtype) * largest
+    arguments = (activation, gradient, torch.tensor([0, 1]), torch.ones(2), False)
+    scores = ops.neuron_scores(*arguments)
+    if dtype == torch.float16:
+        square = 65504.0**2
+        assert scores.tolist() == [-2 * square, -square, 0, 0]
+    elif dtype == torch.float64:
+        assert scores.tolist() == [-torch.inf, -torch.inf, 0, 0]  # rounded to float32 at the end
+    else:
+        assert scores[:2].tolist() == [-torch.inf] * 2 and scores[2:].isnan().all()
+
+
+def test_a_layer_without_neurons(ops):
+    empty = torch.zeros(3, 0)
+    assert ops.neuron_scores(empty, empty, torch.tensor([1]), torch.ones(1), True).shape == (0,)
+
+
 @pytest.mark.parametrize("bad", [-1, 23])
 def test_a_position_outside_is_an_error(kernels, bad):
     activation, gradient, _, _ = _case(torch.float32)
@@ -94,6 +117,7 @@ def test_scores_carry_no_gradient(kernels):
     assert not neuron_scores(activation, gradient, positions, weights).requires_grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(kernels, dtype):
-    torch.library.opcheck(torch.ops.trelm.neuron_scores.default, (*_case(dtype), True))
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(kernels, dtype, absolute):
+    torch.library.opcheck(torch.ops.trelm.neuron_scores.default, (*_case(dtype), absolute))

@@ -56,6 +56,36 @@ def test_a_block_by_views_equals_the_same_rows_gathered(ops):
     torch.testing.assert_close(block[8:19], gathered[8:19], rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["scattered", "block", "first"])
+def test_one_token(ops, dtype, name):
+    grad_out, inputs = _case(dtype, tokens=1)
+    out = ops.path_weight_grad(grad_out, inputs, _rows(name))
+    expected = (grad_out.t() * inputs).to(dtype)  # one product each: exact in every dtype
+    keep = torch.zeros(29, 1, dtype=torch.bool).index_fill(0, _rows(name), True)
+    assert torch.equal(out, torch.where(keep, expected, 0))
+
+
+@pytest.mark.parametrize("name", ["scattered", "block"])
+def test_what_is_not_finite_off_the_path_stays_there(ops, name):
+    grad_out, inputs = _case(torch.float32)
+    expected = ops.path_weight_grad(grad_out, inputs, _rows(name))
+    off = torch.ones(29, dtype=torch.bool).index_fill(0, _rows(name), False)
+    grad_out[:, off] = torch.tensor([torch.nan, torch.inf, 3e38]).repeat(10)[: int(off.sum())]
+    assert torch.equal(ops.path_weight_grad(grad_out, inputs, _rows(name)), expected)
+    grad_out[0, _rows(name)[0]] = torch.inf
+    out = ops.path_weight_grad(grad_out, inputs, _rows(name))
+    assert not out[_rows(name)[0]].isfinite().any()  # on the path it shows, in its own row
+    assert torch.equal(out[_rows(name)[1:]], expected[_rows(name)[1:]])
+
+
+def test_a_matrix_without_columns(ops):
+    for name in ("scattered", "block", "none"):
+        assert ops.path_weight_grad(*_case(depth=0), _rows(name)).shape == (29, 0)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert ops.path_weight_grad(torch.zeros(3, 0), torch.zeros(3, 4), none).shape == (0, 4)
+
+
 def test_no_tokens(ops):
     for name in ("scattered", "block"):
         out = ops.path_weight_grad(torch.zeros(0, 29), torch.zeros(0, 13), _rows(name))
@@ -74,11 +104,16 @@ def test_gradcheck(kernels, name):
     assert torch.autograd.gradcheck(
         lambda g, x: path_weight_grad(g, x, _rows(name)), (grad_out, inputs)
     )
+    assert torch.autograd.gradgradcheck(
+        lambda g, x: path_weight_grad(g, x, _rows(name)), (grad_out, inputs)
+    )
 
 
-@pytest.mark.parametrize("name", ["scattered", "block"])
-def test_opcheck(kernels, name):
-    grad_out, inputs = (t.requires_grad_() for t in _case(torch.float32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["scattered", "block", "none"])
+def test_opcheck(kernels, name, dtype):
+    """Schema, autograd registration, fake tensor and dispatch under AOT."""
+    grad_out, inputs = (t.requires_grad_() for t in _case(dtype))
     torch.library.opcheck(torch.ops.trelm.path_weight_grad.default, (grad_out, inputs, _rows(name)))
 
 

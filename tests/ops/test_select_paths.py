@@ -41,6 +41,19 @@ def test_threshold_is_a_share_of_the_largest(ops):
     assert _select(ops, [-1.0, -2.0], 2, positive_only=False, threshold=0.5) == []
 
 
+def test_ties_of_infinities_and_of_both_zeros(ops):
+    """Infinities are scores like others; of equal ones the lower index wins, 0.0 equals -0.0."""
+    assert _select(ops, [math.inf, 1.0, math.inf, math.inf], 2) == [0, 2]
+    assert _select(ops, [1.0, math.inf, math.inf], 3, threshold=0.1) == [1, 2]
+    assert _select(ops, [-0.0, 0.0, -0.0, 0.0], 3, positive_only=False) == [0, 1, 2]
+    assert _select(ops, [3.0], 1) == [0] and _select(ops, [math.nan], 1) == []
+
+
+def test_scores_that_are_not_contiguous(ops):
+    scores = torch.tensor([[1.0, 9], [3, 8], [2, 7]])
+    assert _select(ops, scores[:, 0], 2) == [1, 2]
+
+
 def test_none_wanted_and_none_there(ops):
     assert _select(ops, [1.0, 2.0], 0) == []
     assert _select(ops, torch.zeros(0), 3) == []
@@ -59,5 +72,8 @@ def test_equals_the_reference_on_scores_with_many_ties(kernels, dtype):
         assert torch.equal(kernels.select_paths(*arguments), expected)
 
 
-def test_opcheck(kernels):
-    torch.library.opcheck(torch.ops.trelm.select_paths.default, (torch.randn(64), 9, True, 0.1))
+@pytest.mark.parametrize("k", [0, 9, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(kernels, dtype, k):
+    scores = torch.randn(64).to(dtype)
+    torch.library.opcheck(torch.ops.trelm.select_paths.default, (scores, k, True, 0.1))

@@ -16,7 +16,12 @@ from trelm_ds.errors import ConfigError, TrelmError
 from trelm_ds.stopping import StopRequest
 
 # kind -> (module, what --help says)
-KINDS: dict[str, tuple[str, str]] = {}
+KINDS: dict[str, tuple[str, str]] = {
+    "masked-adamw": (
+        "trelm_ds.benchmark.masked_adamw",
+        "the masked AdamW against torch's fused AdamW",
+    ),
+}
 
 
 class _Parser(argparse.ArgumentParser):

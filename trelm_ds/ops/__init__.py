@@ -4,6 +4,14 @@ C++ kernels on the CPU (``kernels/``), the same operators through ATen on CUDA, 
 the fallback without a compiler (``reference.py``). Each is ``torch.ops.trelm.NAME`` with a fake
 kernel, so they trace under ``torch.compile``. The kernels are built and loaded at first use;
 :func:`load_kernels` does it ahead.
+
+Autograd: ``path_weight_grad`` alone is differentiable (a custom backward calls it, so this matters
+for second derivatives only). Scores and selections choose paths and ``masked_adamw_`` updates
+leaves: they take part in no loss, and what they return requires no gradient.
+
+Values that are not finite: a term beyond the range of the sums makes its neuron's score infinite,
+terms beyond it in both directions make it NaN; an infinite score ranks like any other, NaN is
+never selected. In gradients and updates they stay in their own row and entry.
 """
 
 from __future__ import annotations
