@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trelm_ds.errors import ConfigError
-from trelm_ds.optim import PathAdamW, RoutedFragment
+from trelm_ds.optim import WHOLE, PathAdamW, RoutedFragment
 
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
 F, D = 10, 6
@@ -20,6 +20,10 @@ class FixedPaths:
         self.updates = torch.zeros(F, dtype=torch.int64)
         self.rows = torch.ones(F, dtype=torch.bool)
         self.inputs = self.outputs = None
+        self.frozen_layers = set()
+
+    def frozen(self, layer):
+        return layer in self.frozen_layers
 
     def choose(self, rows, inputs=None, outputs=None):
         self.rows = torch.zeros(F, dtype=torch.bool)
@@ -220,6 +224,62 @@ def test_flat_partitions_equal_whole_parameters(cut):
     for found, wanted in zip(flat, whole, strict=True):
         torch.testing.assert_close(found[: len(wanted)], wanted, rtol=1e-6, atol=1e-8)
     assert all(flat_optimizer.state[t]["step"] == 3 for t in tensors)
+
+
+@pytest.mark.parametrize("element_counts", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+def test_frozen_layers_keep_their_bits_and_the_rest_goes_on_as_if_alone(element_counts, flat):
+    """Layer 0 with its paths and a whole parameter of layer -1 stand still from step 2 on."""
+    paths = FixedPaths()
+    ffn, other = _parameters()
+    last = torch.nn.Parameter(torch.linspace(-1, 1, 5))
+    tensors = [other, *ffn.values(), last]
+    kinds = [(-1, WHOLE), *((0, kind) for kind in ffn)]
+    if flat:
+        sizes = [t.numel() for t in tensors]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        held = torch.nn.Parameter(torch.cat([t.detach().flatten() for t in tensors]))
+        places = [(held, start) for start in starts]
+        stepped = [held]
+    else:
+        places = [(t, 0) for t in tensors]
+        stepped = tensors
+    fragments = [
+        RoutedFragment(
+            *(tensor, start, t.numel(), layer, kind, 0, D if kind.endswith("_weight") else 1)
+        )
+        for (tensor, start), t, (layer, kind) in zip(places, tensors, kinds, strict=False)
+    ]
+    optimizer = PathAdamW(stepped, **SETTINGS)
+    optimizer.bind(fragments, paths, element_counts=element_counts)
+    twin = torch.nn.Parameter(last.detach().clone())
+    torch_optimizer = torch.optim.AdamW([twin], fused=True, **SETTINGS)
+
+    def snapshot(i):
+        tensor, start = places[i]
+        cut = slice(start, start + tensors[i].numel())
+        return [t.flatten()[cut] for t in _snapshot(optimizer, tensor)]
+
+    for step in range(4):
+        if step == 2:
+            paths.frozen_layers = {-1, 0}
+        else:
+            paths.advance()
+        _set_gradients(step, tensors)
+        twin.grad = last.grad.clone()
+        if flat:
+            held.grad = torch.cat([t.grad.flatten() for t in tensors])
+        before = [snapshot(i) for i in range(len(tensors))]
+        optimizer.step()
+        torch_optimizer.step()
+        for i, old in enumerate(before):
+            still = step >= 2 and i < len(tensors) - 1
+            for then, now in zip(old, snapshot(i), strict=True):
+                assert torch.equal(then, now) if still else (then != now).all()
+    for found, wanted in zip(snapshot(-1), _snapshot(torch_optimizer, twin), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+    steps = [int(optimizer.state[t]["step"]) for t in stepped]
+    assert steps == ([4] if flat else [2] * 5 + [4])  # a frozen tensor counts its own updates
 
 
 def test_a_first_step_with_zero_gradients_neither_decays_nor_counts():

@@ -75,6 +75,9 @@ class Paths:
             self.rows[layer] = (order < 7) if step else True
         self.updates += self.rows
 
+    def frozen(self, layer):
+        return False
+
     def row_counts(self, layer):
         return torch.where(self.rows[layer], self.updates[layer], 0)
 

@@ -236,6 +236,8 @@ class RoutingConfig:
     max_targets: int | None = None  # mentions per micro-batch attributed by exact / quadrature
     threshold: float | None = None  # also drop neurons below this share of the largest score
     audit_steps: int = 0  # compare the paths with quadrature every so many steps; 0: never
+    truncated_depth: float = 0.0  # share of the layers, lowest first, that late backwards skip
+    truncate_start: float = 0.4  # fraction of the run after which they do
 
     def __post_init__(self):
         _choice("routing.form", self.form, ROUTING_FORMS)
@@ -246,6 +248,9 @@ class RoutingConfig:
         _fraction("routing.kept_fraction", self.kept_fraction, open_low=True)
         _fraction("routing.start", self.start)
         _fraction("routing.floor", self.floor)
+        _fraction("routing.truncated_depth", self.truncated_depth)
+        _require(self.truncated_depth < 1, "routing.truncated_depth must leave a layer to train")
+        _fraction("routing.truncate_start", self.truncate_start)
         _require(self.multiple_of >= 1, "routing.multiple_of must be at least 1")
         _require(self.attribution_steps >= 1, "routing.attribution_steps must be at least 1")
         _require(self.quadrature_nodes >= 1, "routing.quadrature_nodes must be at least 1")

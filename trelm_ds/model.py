@@ -41,6 +41,7 @@ from trelm_ds.routing.attribution import AttributionProblem
 from trelm_ds.routing.context import RoutingContext
 from trelm_ds.routing.ffn import install_routed_ffn, to_hf_state_dict
 from trelm_ds.routing.scope import apply_scope
+from trelm_ds.routing.truncation import BackwardTruncation
 
 logger = logging.getLogger(__name__)
 
@@ -319,6 +320,7 @@ class TrelmModel(MaskedLanguageModel):
         backbone: the Hugging Face model with routed FFNs.
         ffns: its RoutedFFN modules, lowest layer first.
         routing_context: what they share with the routing controller.
+        truncation: cuts the backward of late steps; the controller switches it.
     """
 
     def __init__(
@@ -352,6 +354,7 @@ class TrelmModel(MaskedLanguageModel):
         self.prior = TokenPrior(log_q)
         self.refresh_embedding_rms()
         apply_scope(self, config.routing)
+        self.truncation = BackwardTruncation(self, config.routing)
 
     @classmethod
     def build(cls, config: Config, data_dir: str | Path, graph, tables) -> TrelmModel:
@@ -412,7 +415,8 @@ class TrelmModel(MaskedLanguageModel):
         """The other entity's and the relation's vectors, float [M, input] each."""
         if self.tables is not None:
             return self.tables(batch.injection_other, batch.injection_relation)
-        return self._encode_texts(batch)
+        with self.truncation.input_gradients():
+            return self._encode_texts(batch)
 
     def _encode_texts(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """DKPLM's form: texts through the shared encoder, gradients on, mean over real tokens.

@@ -1,9 +1,10 @@
-"""AdamW for everything; the FFN's entries that are off the knowledge path stay as they are.
+"""AdamW for everything but what a step leaves alone: off-path FFN entries, truncated layers.
 
 A zero gradient is not enough to leave a weight alone: Adam's momentum and decoupled weight decay
 move it all the same. So path updates mask the update: an entry off the path keeps its value and
 both moments to the bit, and bias correction counts the updates of its own neuron, so that a
-neuron first reached at step 1000 behaves as one at step 1.
+neuron first reached at step 1000 behaves as one at step 1. In the same way a parameter below the
+cut of a truncated backward is not moved at all.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from trelm_ds.errors import ConfigError
 from trelm_ds.ops import load_kernels, masked_adamw_
 
 KINDS = ("up_weight", "up_bias", "down_weight", "down_bias")
+WHOLE = "whole parameter"  # any other parameter, or an FFN's without paths: all of it or nothing
 
 
 @dataclass(frozen=True, eq=False)
 class RoutedFragment:
-    """A piece of an FFN parameter inside a tensor that the optimizer sees.
+    """A piece of a parameter inside a tensor that the optimizer sees.
 
     The tensor is the parameter itself without ZeRO, else a flat partition. Both FFN matrices are
     neuron-major: [f, d], one row per intermediate neuron.
@@ -33,14 +35,17 @@ class RoutedFragment:
     tensor: Tensor
     start: int  # first element in the flattened tensor
     numel: int
-    layer: int
-    kind: str  # one of KINDS
+    layer: int  # -1 below the first layer
+    kind: str  # one of KINDS, or WHOLE
     param_start: int  # first element in the flattened parameter
     row_length: int  # elements of a row: d for the matrices, 1 for the biases
 
 
 class Paths(Protocol):
     """The current step's paths. Asked several times per step (once per fragment)."""
+
+    def frozen(self, layer: int) -> bool:
+        """Whether nothing of the layer trains in this step, nor in any later one."""
 
     def row_counts(self, layer: int) -> Tensor:
         """int64 [f] on the CPU: 0 off the path, else the neuron's updates including this one.
@@ -91,7 +96,7 @@ class PathAdamW(torch.optim.Optimizer):
         *,
         element_counts: bool = False,
     ) -> None:
-        """Says which entries belong to the FFNs and who knows the paths; once, before training.
+        """Says which entries may have to stand still and who knows; once, before training.
 
         To be called after ``deepspeed.initialize`` (also without fragments): a step before it
         whose gradients are all zero is taken for DeepSpeed's initialising one, which must neither
@@ -113,10 +118,9 @@ class PathAdamW(torch.optim.Optimizer):
         self._started = True
         self._routed = {}
         for fragment in fragments:
-            if fragment.kind not in KINDS:
+            if fragment.kind not in (*KINDS, WHOLE):
                 raise ValueError(f"bind: unknown kind {fragment.kind!r}")
-            if fragment.kind != "down_bias" or element_counts:
-                self._routed.setdefault(fragment.tensor, []).append(fragment)
+            self._routed.setdefault(fragment.tensor, []).append(fragment)
         for tensor, pieces in self._routed.items():
             pieces.sort(key=lambda piece: piece.start)
             ends = [0] + [piece.start + piece.numel for piece in pieces]
@@ -134,7 +138,8 @@ class PathAdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
             state["exp_avg"] = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
             state["exp_avg_sq"] = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-        if self._element_counts and tensor in self._routed and "update_count" not in state:
+        counted = any(piece.kind != WHOLE for piece in self._routed.get(tensor, ()))
+        if self._element_counts and counted and "update_count" not in state:
             state["update_count"] = torch.zeros_like(state["exp_avg"], dtype=torch.float32)
         return state
 
@@ -182,17 +187,24 @@ class PathAdamW(torch.optim.Optimizer):
         """Steps the routed pieces of ``p``; returns what lies between them, for plain AdamW."""
         grad = p.grad.contiguous()
         flat = [t.view(-1) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"])]
-        between, end = [], 0
+        between, end, stepped = [], 0, False
         for piece in pieces:
+            frozen = self._paths.frozen(piece.layer)
+            plain = piece.kind == WHOLE or (piece.kind == "down_bias" and not self._element_counts)
+            if plain and not frozen:
+                continue  # as if it were not listed
             if piece.start > end:
                 # a step of its own, because the fused kernel counts every one that it is given
                 views = [t[end : piece.start] for t in flat]
                 between.append((*views, state["step"].clone()))
             end = piece.start + piece.numel
-            self._step_piece(piece, [t[piece.start : end] for t in flat], state, numbers)
+            if not frozen:
+                stepped = True
+                self._step_piece(piece, [t[piece.start : end] for t in flat], state, numbers)
         if end < p.numel():
             between.append((*(t[end:] for t in flat), state["step"].clone()))
-        state["step"] += 1
+        if stepped or between:
+            state["step"] += 1
         return between
 
     def _step_piece(self, piece: RoutedFragment, views: list[Tensor], state, numbers) -> None:

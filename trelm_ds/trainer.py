@@ -41,11 +41,11 @@ from trelm_ds.metrics import (
     training_flops,
 )
 from trelm_ds.model import Normalizers, TrelmModel, parameter_groups
-from trelm_ds.optim import PathAdamW
+from trelm_ds.optim import WHOLE, PathAdamW
 from trelm_ds.routing.controller import RoutingController, refuse_unsupported
 from trelm_ds.schedules import learning_rate, memory_epoch, memory_weight
 from trelm_ds.stopping import StopRequest
-from trelm_ds.zero_layout import routed_fragments
+from trelm_ds.zero_layout import clear_gradients, routed_fragments
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,7 @@ class Trainer:
         self._finite: bool | torch.Tensor = True
         self._saved: int | None = None  # step of the newest checkpoint of this process
         self._evaluated: int | None = None  # step of the newest evaluation
+        self._truncated = False  # whether a step has been
 
         stage = engines.zero_stage(ds_config)
         refuse_unsupported(config, stage)
@@ -159,6 +160,7 @@ class Trainer:
             total_steps=config.train.max_steps,
             seed=config.train.seed,
             process_group=self._new_group(),
+            truncation=self.model.truncation,
         )
         train = config.train
         optimizer = PathAdamW(
@@ -169,12 +171,9 @@ class Trainer:
         )
         self.optimizer = optimizer
         self.engine = engines.build_engine(self.model, optimizer, ds_config)
-        routed = config.routing.form not in ("none", "frozen")
-        named = [(p, layer, kind) for layer, kind, p in self.model.routed_parameters()]
+        masked = self._masked_parameters()
         optimizer.bind(
-            routed_fragments(self.engine, [n for n in named if n[0].requires_grad])
-            if routed
-            else (),
+            routed_fragments(self.engine, masked) if masked else (),
             self.routing,
             element_counts=config.routing.paths == "full",
         )
@@ -194,6 +193,16 @@ class Trainer:
         self.probes = load_probes(self.data_dir, self.model, limit=None)
 
     # -- construction ---------------------------------------------------------------------------
+
+    def _masked_parameters(self) -> list[tuple[torch.nn.Parameter, int, str]]:
+        """(parameter, layer, kind) of the trained parameters that some steps do not update."""
+        named = []
+        if self.config.routing.form not in ("none", "frozen"):
+            named = [(p, layer, kind) for layer, kind, p in self.model.routed_parameters()]
+        listed = {id(p) for p, _, _ in named}
+        cut = self.model.truncation.parameters()
+        named += [(p, layer, WHOLE) for p, layer in cut if id(p) not in listed]
+        return [entry for entry in named if entry[0].requires_grad]
 
     def _new_group(self):
         """Path scores travel on a group of their own, in an order of their own."""
@@ -379,6 +388,9 @@ class Trainer:
             group["lr"] = plan.lr
         self.model.train()
         self.routing.begin_step(plan.step, plan.progress)
+        if self.routing.cut and not self._truncated:
+            self._truncated = True
+            clear_gradients(self.engine, [p for p, _ in self.model.truncation.parameters()])
         if plan.memory_weight > 0:
             with gathered(self.engine, self.model.word_embeddings.weight):
                 self.model.refresh_embedding_rms()

@@ -24,14 +24,14 @@ Piece = tuple[Tensor, int, int, Tensor]
 def routed_fragments(
     engine, named: Sequence[tuple[nn.Parameter, int, str]]
 ) -> list[RoutedFragment]:
-    """Maps FFN parameters to the tensors their optimizer steps; collective.
+    """Maps parameters that some steps leave alone to the tensors their optimizer steps; collective.
 
     ZeRO 0 to 3, fp32 and bf16, with the optimizer on the device or offloaded to the CPU.
 
     Args:
         engine: what ``deepspeed.initialize`` returned.
-        named: (parameter, layer, kind) of every routed parameter that trains, in one order on
-            all ranks; kinds as in :class:`RoutedFragment`.
+        named: (parameter, layer, kind) of each such parameter, all of which train, in one order
+            on all ranks; kinds as in :class:`RoutedFragment`.
 
     Returns:
         This rank's fragments; empty where it owns none of them.
@@ -75,6 +75,20 @@ def routed_fragments(
             "this layout of parameters is not known"
         )
     return fragments
+
+
+def clear_gradients(engine, parameters: Sequence[nn.Parameter]) -> None:
+    """Zeroes the gradients that ZeRO-3 keeps of parameters that will get none any more.
+
+    It would count the last ones into the gradient norm for ever; the other stages take a missing
+    gradient for zero, and offloaded ZeRO-3 leaves it out of the norm.
+    """
+    if engine.zero_optimization_stage() < 3 or engine.optimizer.offload_optimizer:
+        return
+    from deepspeed.utils import safe_set_local_grad
+
+    for parameter in parameters:
+        safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
 
 
 def _overlaps(fragments: list[RoutedFragment]) -> bool:

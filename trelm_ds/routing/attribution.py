@@ -198,6 +198,7 @@ def integrated_gradients(
     *,
     full: bool = False,
     max_targets: int | None = None,
+    first_layer: int = 0,
     inner_batch_size: int = 64,
 ) -> PathScores:
     """Attribution of every FFN neuron of every layer, summed over the batch (Eqs. 9 to 11).
@@ -213,6 +214,7 @@ def integrated_gradients(
         full: also the attributions of the FFN's input and output vectors (for S_in and S_out),
             each of them scaled from zero in the same way (the residual stays as it is).
         max_targets: attribute at most this many mentions, evenly spread over the batch.
+        first_layer: attribute this one and those above it; zeros for the others.
         inner_batch_size: copies run at a time: what bounds memory.
 
     Returns:
@@ -238,6 +240,8 @@ def integrated_gradients(
     work = [(i, k) for i in range(len(targets.mentions)) for k in range(nodes)]
 
     for index, (ffn, record) in enumerate(zip(ffns, records, strict=True)):
+        if index < first_layer:
+            continue
         at_input = record.ffn_input[targets.token_rows, targets.token_positions]  # [T, d]
         with torch.no_grad():
             # vector attributed, the rest of the FFN after it, where its scores go

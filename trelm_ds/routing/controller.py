@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 
@@ -23,6 +22,7 @@ from trelm_ds.routing.paths import (
     random_layer_paths,
     select_layer_paths,
 )
+from trelm_ds.routing.truncation import BackwardTruncation
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,12 @@ class RoutingController:
     """Opens and closes each step's routing, counts updates per neuron, reports.
 
     A step: ``begin_step``; for every micro-batch ``before_micro_batch``, forward, backward; the
-    optimizer's step, which reads ``row_counts``; ``end_step``. Between steps the FFNs are dense.
-    Every rank makes the same calls: some of them are collective.
+    optimizer's step, which reads ``frozen`` and ``row_counts``; ``end_step``. Between steps the
+    FFNs are dense. Every rank makes the same calls: some of them are collective.
+
+    Attributes:
+        cut: layers below the cut of the last step begun; 0: its backward was whole. They are
+            neither scored nor updated nor counted.
     """
 
     def __init__(
@@ -78,14 +82,16 @@ class RoutingController:
         total_steps: int,
         seed: int,
         process_group=None,
+        truncation: BackwardTruncation | None = None,
     ):
         """Prepares routing for a run.
 
         Args:
             ffns: lowest layer first; all of one shape.
-            total_steps: of the run; ``routing.start`` is a fraction of it.
+            total_steps: of the run; ``start`` and ``truncate_start`` are fractions of it.
             process_group: for the scores' all-reduces, of its own so that they cannot mix with
                 the engine's; None: one is made when there is more than one rank (collective).
+            truncation: of the model; None: every backward is whole.
         """
         self.config, self.ffns, self.context, self.seed = config, list(ffns), context, seed
         self.num_layers = len(self.ffns)
@@ -102,7 +108,9 @@ class RoutingController:
         context.exact_input_gradient = config.input_gradient == "exact"
         context.score = "activation" if config.form == "activation" else config.score
 
-        self.first_step = math.ceil(round(config.start * total_steps, 6))
+        self.total_steps = total_steps
+        self.truncation = truncation
+        self.cut = 0
         self.counts = torch.zeros(self.num_layers, self.size, dtype=torch.int64)
         self.blocks = BlockRotation(
             self.num_layers,
@@ -132,12 +140,15 @@ class RoutingController:
     def begin_step(self, step: int, progress: float | None = None) -> None:
         """Opens optimizer step ``step`` (0-based). Collective when a block rotates.
 
-        ``progress``: share of the run's budget spent, for ``routing.start``; None: by steps.
+        ``progress``: share of the run's budget spent, for ``start`` and ``truncate_start``; None:
+        by steps.
         """
         form = self.config.form
         self.step = step
-        late = step >= self.first_step if progress is None else progress >= self.config.start - 1e-9
-        self.routed = form not in DENSE_FORMS and late
+        self.routed = form not in DENSE_FORMS and self._reached(self.config.start, progress)
+        if self.truncation is not None and self.truncation.depth:
+            self.truncation.active = self._reached(self.config.truncate_start, progress)
+            self.cut = self.truncation.depth if self.truncation.active else 0
         self._micro_batch = 0
         self._reference = None
         if not self.routed:
@@ -197,6 +208,14 @@ class RoutingController:
                 self._reference = self._attribute(problem, "quadrature", False)
         self._attribution_s += time.perf_counter() - begin
 
+    def frozen(self, layer: int) -> bool:
+        """Whether the layer (-1: what lies below the first) is below the step's cut.
+
+        Once it is, it stays so to the end of the run: the optimizer need not know how often its
+        parameters have been updated.
+        """
+        return layer < self.cut if self.cut else False
+
     def row_counts(self, layer: int) -> torch.Tensor:
         """Updates of each neuron including this step's, 0 where it is off the path.
 
@@ -205,8 +224,7 @@ class RoutingController:
         Returns:
             int64 [f] on the CPU.
         """
-        counts = self.counts[layer] + 1
-        return counts * self._kept_rows(layer) if self.routed else counts
+        return (self.counts[layer] + 1) * self._updated_rows(layer)
 
     def active_inputs(self, layer: int) -> torch.Tensor | None:
         """S_in as a mask, bool [d] on the CPU; None when every input is on the path."""
@@ -220,11 +238,12 @@ class RoutingController:
         """Closes the step. ``applied``: False when the optimizer skipped it (overflow)."""
         if applied:
             for layer in range(self.num_layers):
-                self.counts[layer] += self._kept_rows(layer) if self.routed else 1
+                self.counts[layer] += self._updated_rows(layer)
         self._steps += 1
         if self.routed:
             nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
-            paths = [p or LayerPaths(nothing) for p in self.context.paths]
+            paths = [LayerPaths(nothing)] * self.cut
+            paths += [p or LayerPaths(nothing) for p in self.context.paths[self.cut :]]
             self._previous, self._current = self._current, paths
             if self.config.form in BACKWARD_FORMS:
                 chosen_by = self.context.chosen_by
@@ -233,27 +252,33 @@ class RoutingController:
                 self._audit = self._compare_with_reference(paths)
         self._reference = None
         self.context.end()
+        if self.truncation is not None:
+            self.truncation.active = False
 
     # ---- reports ---------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
         """What routing did, under the names of the metrics file. Reads back from the device.
 
-        ``routing/kept_fraction``: neurons updated by the last step, mean over layers;
+        ``routing/truncated_layers``: layers below the last step's cut, if the run ever truncates;
+        ``routing/kept_fraction``: neurons updated by the last step, mean over all layers;
         ``routing/kept_weight_fraction``: FFN weights on the path, with ``paths: full``;
-        ``routing/jaccard``: last path set against the one before, mean over layers;
+        ``routing/jaccard``: last path set against the one before, mean over layers above the cut;
         ``routing/captured_mass``: share of the positive score mass that lies on the path, by the
         scores it was chosen by (absent for a random or fixed path);
         ``routing/audit_jaccard``, ``routing/audit_captured_mass``: the audited step's paths
         against the best sets of the same size by quadrature, the mass relative to theirs;
         ``time/attribution_s``: integrated gradients and audits, per step since the last call.
         """
+        result = {}
+        if self.truncation is not None and self.truncation.depth:
+            result["routing/truncated_layers"] = self.cut
         if self.config.form in DENSE_FORMS:
-            return {}
-        result = {"time/attribution_s": self._attribution_s / max(1, self._steps)}
+            return result
+        result["time/attribution_s"] = self._attribution_s / max(1, self._steps)
         self._attribution_s, self._steps = 0.0, 0
         if not self.routed or self._current is None:
-            result["routing/kept_fraction"] = 1.0
+            result["routing/kept_fraction"] = 1.0 - self.cut / self.num_layers
             return result
         kept = [len(p.rows) / self.size for p in self._current]
         result["routing/kept_fraction"] = _mean(kept)
@@ -265,7 +290,8 @@ class RoutingController:
             )
         if self._previous is not None:
             result["routing/jaccard"] = _mean(
-                _jaccard(a.rows, b.rows) for a, b in zip(self._previous, self._current, strict=True)
+                _jaccard(self._previous[layer].rows, self._current[layer].rows)
+                for layer in self._trained_layers()
             )
         mass = self._mass(self._current)
         if mass is not None:
@@ -352,7 +378,10 @@ class RoutingController:
             else ("gauss_legendre", self.config.quadrature_nodes)
         )
         scores = integrated_gradients(
-            problem, rule, nodes, full=full, max_targets=self.config.max_targets
+            *(problem, rule, nodes),
+            full=full,
+            max_targets=self.config.max_targets,
+            first_layer=self.cut,
         )
         self.context.all_reduce(scores)
         return scores
@@ -372,7 +401,19 @@ class RoutingController:
         self.context.score_sums = None
         self.last_rotation = step
 
-    def _kept_rows(self, layer: int) -> torch.Tensor:
+    def _reached(self, share: float, progress: float | None) -> bool:
+        """Whether the step to come lies at or after this share of the run."""
+        if progress is None:
+            progress = self.step / self.total_steps
+        return progress >= share - 1e-9
+
+    def _trained_layers(self) -> range:
+        return range(self.cut, self.num_layers)
+
+    def _updated_rows(self, layer: int) -> torch.Tensor:
+        """Neurons that the step updates, bool [f]."""
+        if self.frozen(layer) or not self.routed:
+            return torch.full((self.size,), not self.frozen(layer))
         kept = torch.zeros(self.size, dtype=torch.bool)
         paths = self.context.paths[layer]
         if paths is not None:
@@ -389,7 +430,8 @@ class RoutingController:
         return kept
 
     def _mass(self, paths: list[LayerPaths]) -> float | None:
-        pairs = [(p, s) for p, s in zip(paths, self._scores, strict=True) if s is not None]
+        pairs = [(paths[i], self._scores[i]) for i in self._trained_layers()]
+        pairs = [(p, s) for p, s in pairs if s is not None]
         total = sum(float(s.clamp(min=0).sum()) for _, s in pairs)
         if total <= 0:
             return None
@@ -397,7 +439,8 @@ class RoutingController:
 
     def _compare_with_reference(self, paths: list[LayerPaths]) -> dict[str, float]:
         overlaps, mass, best_mass = [], 0.0, 0.0
-        for layer, path in enumerate(paths):
+        for layer in self._trained_layers():
+            path = paths[layer]
             scores = self._reference.mid[layer].clamp(min=0)
             best = torch.topk(scores, len(path.rows)).indices
             overlaps.append(_jaccard(path.rows, best))
