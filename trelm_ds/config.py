@@ -73,6 +73,7 @@ class ModelConfig:
     # sqrt(768 / hidden_size): at 0.02 a narrow model's attention starts all but uniform.
     initializer_range: float | None = None
     attn_implementation: str = "sdpa"  # sdpa | eager
+    unpad: bool = True  # the encoder computes real tokens only; with sdpa
     gradient_checkpointing: bool = False
 
     def __post_init__(self):

@@ -42,6 +42,7 @@ from trelm_ds.routing.context import RoutingContext
 from trelm_ds.routing.ffn import install_routed_ffn, to_hf_state_dict
 from trelm_ds.routing.scope import apply_scope
 from trelm_ds.routing.truncation import BackwardTruncation
+from trelm_ds.unpadding import Packing, encode_packed, install_packed_attention
 
 logger = logging.getLogger(__name__)
 
@@ -168,9 +169,16 @@ def max_positions(hf_config) -> int:
 
 
 def encode(
-    backbone: nn.Module, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor
+    backbone: nn.Module,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor,
+    packing: Packing | None = None,
 ) -> torch.Tensor:
-    """Last hidden states [B, S, hidden] from word embeddings [B, S, hidden]."""
+    """Last hidden states [B, S, hidden] from word embeddings [B, S, hidden].
+
+    With the batch's ``packing``, and a backbone that takes it (``install_packed_attention``), pads
+    cost nothing and their states are zeros; without, they are whatever the layers make of them.
+    """
     hf_config = backbone.config
     if hf_config.model_type == "roberta":
         # From embeddings alone RoBERTa would number the pads too; this is what it does from ids.
@@ -178,6 +186,8 @@ def encode(
         position_ids = mask.cumsum(1) * mask + hf_config.pad_token_id
     else:
         position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+    if packing is not None:
+        return encode_packed(backbone, inputs_embeds, position_ids, packing)
     return backbone.base_model(
         inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids
     )[0]
@@ -256,11 +266,17 @@ class StepOutput(NamedTuple):
 
 
 class MaskedLanguageModel(nn.Module):
-    """A backbone alone, without injection and memory: what anyone gets from an exported folder."""
+    """A backbone alone, without injection and memory: what anyone gets from an exported folder.
 
-    def __init__(self, backbone: nn.Module):
+    Args:
+        backbone: BertForMaskedLM or RobertaForMaskedLM.
+        unpad: encode real tokens only, where the backbone's attention can.
+    """
+
+    def __init__(self, backbone: nn.Module, unpad: bool = True):
         super().__init__()
         self.backbone = backbone
+        self._unpad = unpad and install_packed_attention(backbone)
 
     @property
     def word_embeddings(self) -> nn.Embedding:
@@ -273,8 +289,14 @@ class MaskedLanguageModel(nn.Module):
     def last_hidden_states(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor:
-        """Last states [B, S, hidden] of plain text."""
-        return encode(self.backbone, self.word_embeddings(input_ids), attention_mask)
+        """Last states [B, S, hidden] of plain text; anything finite at pads."""
+        packing = self._packing(attention_mask)
+        return encode(self.backbone, self.word_embeddings(input_ids), attention_mask, packing)
+
+    def _packing(
+        self, attention_mask: torch.Tensor, num_tokens: int | None = None
+    ) -> Packing | None:
+        return Packing.of(attention_mask, num_tokens) if self._unpad else None
 
     def mlm_logits(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor
@@ -331,7 +353,7 @@ class TrelmModel(MaskedLanguageModel):
         num_relations: int,
         log_q: torch.Tensor,
     ):
-        super().__init__(backbone)
+        super().__init__(backbone, config.model.unpad)
         self.config = config
         self.routing_context = RoutingContext()
         self.ffns = install_routed_ffn(backbone, self.routing_context)
@@ -433,7 +455,8 @@ class TrelmModel(MaskedLanguageModel):
         unique, inverse = torch.unique(torch.cat([*texts, empty]), dim=0, return_inverse=True)
         mask = (unique != pad).long()
         mask[:, 0] = 1
-        states = encode(self.backbone, self.word_embeddings(unique), mask)
+        embeds = self.word_embeddings(unique)
+        states = encode(self.backbone, embeds, mask, self._packing(mask))
         pooled = masked_mean(states, mask)[inverse]
         count = len(texts[0])
         return pooled[:count], pooled[count : 2 * count]
@@ -455,9 +478,9 @@ class TrelmModel(MaskedLanguageModel):
             memory_weight: lambda_q of Eq. 8.
             normalizers: see ``Normalizers``; a count of 0 gives a loss of 0.
         """
-        states = encode(
-            self.backbone, self._embed(batch, memory, memory_weight), batch.attention_mask
-        )
+        packing = self._packing(batch.attention_mask, batch.num_tokens)
+        embeds = self._embed(batch, memory, memory_weight)
+        states = encode(self.backbone, embeds, batch.attention_mask, packing)
         logits = mlm_head(self.backbone)(states.flatten(0, 1)[batch.mlm_positions])
         mlm = mlm_loss_sum(logits, batch.mlm_labels) / (normalizers.mlm or 1.0)
         entity_sums = mlm.new_zeros(2, dtype=torch.float32)
@@ -479,7 +502,7 @@ class TrelmModel(MaskedLanguageModel):
                 count = valid.sum(1).clamp(min=1)
                 gold_probability = (log_p.exp() * valid).sum(1) / count
             decoded = valid.any(1)
-        self._set_routing_targets(batch, gold_probability, decoded)
+        self._set_routing_targets(batch, packing, gold_probability, decoded)
         detached = states.detach()
         if self.config.memory.enabled:
             local = local_memory(
@@ -536,8 +559,11 @@ class TrelmModel(MaskedLanguageModel):
         return loss, torch.stack([loss.detach().float(), first.sum().float()])
 
     @torch.no_grad()
-    def _set_routing_targets(self, batch, gold_probability, decoded) -> None:
-        """Knowledge positions: tokens of decoded mentions, weighted by their mean P(gold)."""
+    def _set_routing_targets(self, batch, packing, gold_probability, decoded) -> None:
+        """Knowledge positions: tokens of decoded mentions, weighted by their mean P(gold).
+
+        As rows of what the FFNs see: the packed row, or all of B * S.
+        """
         size = len(batch.mention_spans)
         total = gold_probability.new_zeros(size).index_add(
             0, batch.decode_mention, gold_probability * decoded
@@ -546,6 +572,8 @@ class TrelmModel(MaskedLanguageModel):
         positions, owner = span_positions(batch.mention_spans, batch.input_ids.shape[1])
         keep = count[owner] > 0
         positions, owner = positions[keep], owner[keep]
+        if packing is not None:
+            positions = packing.rows(positions)
         self.routing_context.set_targets(positions, (total / count.clamp(min=1))[owner])
 
     # -- attribution ----------------------------------------------------------------------------
@@ -555,7 +583,7 @@ class TrelmModel(MaskedLanguageModel):
     ) -> AttributionProblem:
         """The micro-batch as ``trelm_ds.routing.attribution`` wants it."""
 
-        def run_encoder():
+        def run_encoder():  # padded: single layers are run again on copies of single sequences
             return encode(
                 self.backbone, self._embed(batch, memory, memory_weight), batch.attention_mask
             )

@@ -49,14 +49,16 @@ from trelm_ds.zero_layout import clear_gradients, routed_fragments
 
 logger = logging.getLogger(__name__)
 
-# Keys a resumed run may change: where things are, what is reported, how the work is laid out.
+# Keys a resumed run may change: where things are, what is reported, how the work is laid out. The
+# last may change rounding and which dropout is drawn, never what is computed.
 FREE_ON_RESUME = {
     *("data.data_dir", "data.num_workers", "model.model_name_or_path", "model.attn_implementation"),
-    *("model.gradient_checkpointing", "memory.device", "memory.max_gib", "routing.audit_steps"),
-    *("train.output_dir", "train.logging_steps", "train.eval_steps", "train.eval_batches"),
-    *("train.save_steps", "train.save_total_limit", "train.resume_from_checkpoint"),
-    *("train.report_to", "train.export", "train.bf16", "train.max_hours"),
-    *("train.per_device_train_batch_size", "train.gradient_accumulation_steps"),
+    *("model.gradient_checkpointing", "model.unpad", "memory.device", "memory.max_gib"),
+    *("routing.audit_steps", "train.output_dir", "train.logging_steps", "train.eval_steps"),
+    *("train.eval_batches", "train.save_steps", "train.save_total_limit"),
+    *("train.resume_from_checkpoint", "train.report_to", "train.export", "train.bf16"),
+    *("train.max_hours", "train.per_device_train_batch_size"),
+    "train.gradient_accumulation_steps",
 }
 MAX_SKIPPED_IN_A_ROW = 5  # non-finite steps before the run gives up
 

@@ -426,16 +426,18 @@ def test_encoder_form_sends_gradients_through_the_texts():
 # -- routing and attribution --------------------------------------------------------------------
 
 
-def test_routing_targets_are_the_tokens_of_decoded_mentions():
-    model = make_model().eval()
+@pytest.mark.parametrize("unpad", [True, False])
+def test_routing_targets_are_the_tokens_of_decoded_mentions(unpad):
+    model = make_model(model__unpad=unpad).eval()
     batch = make_batch()
     output = model(batch, None, 0.0, ONES)
     positions, weights = model.routing_context._positions, model.routing_context._weights
-    size = batch.input_ids.shape[1]
+    # Rows of the third sequence begin after two sequences, pads and all or not.
+    third = 14 + 9 if unpad else 2 * batch.input_ids.shape[1]
     # Mention 0 is decoded twice (rows 0 and 3), mention 2 not at all.
     p = output.gold_probability
     expected = [(c, (p[0] + p[3]) / 2) for c in (2, 3, 4)] + [(7, p[1])]
-    expected += [(2 * size + c, p[2]) for c in (10, 11)]
+    expected += [(third + c, p[2]) for c in (10, 11)]
     assert positions.tolist() == [position for position, _ in expected]
     torch.testing.assert_close(weights, torch.stack([weight for _, weight in expected]))
     assert not weights.requires_grad

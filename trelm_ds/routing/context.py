@@ -58,7 +58,8 @@ class RoutingContext:
         come later in backward and reuse the paths without being scored.
 
         Args:
-            flat_positions: int64 [P], tokens of decoded mentions, indices into B * S.
+            flat_positions: int64 [P], tokens of decoded mentions, indices into the rows that
+                the FFNs see: B * S, or the real tokens of an unpadded run.
             weights: float32 [P], mean p(y*) over the decoded tokens of the position's mention:
                 it turns the gradient of log P into that of P.
         """
