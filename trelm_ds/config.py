@@ -284,6 +284,9 @@ class TrainConfig:
     adam_beta2: float = 0.98
     adam_epsilon: float = 1e-6
     max_grad_norm: float = 1.0  # 0: no clipping
+    # Share of the MLM loss that goes to the mean over tokens of whole masked entity mentions, the
+    # rest to the mean over text tokens; None: every masked token weighs the same.
+    object_loss_share: float | None = None
     lr_scheduler_type: str = "linear"  # linear | cosine | constant
     warmup_ratio: float = 0.1
     min_lr_ratio: float = 0.0
@@ -312,6 +315,8 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"train.{name} must be positive")
         _require(self.save_total_limit >= 1, "train.save_total_limit must be at least 1")
         _fraction("train.warmup_ratio", self.warmup_ratio)
+        if self.object_loss_share is not None:
+            _fraction("train.object_loss_share", self.object_loss_share)
         _fraction("train.min_lr_ratio", self.min_lr_ratio)
 
 

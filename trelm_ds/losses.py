@@ -43,6 +43,35 @@ def mlm_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
+def mlm_split_sums(
+    logits: torch.Tensor, labels: torch.Tensor, is_object: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy summed over text targets and over object targets, in float32.
+
+    Args:
+        logits: float [K, vocabulary], of the masked positions only.
+        labels: int64 [K].
+        is_object: bool [K], tokens of entity mentions masked whole.
+    Returns:
+        float32 [2]: text, objects; 0, still connected to ``logits``, for a side without targets.
+    """
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    return torch.stack([losses.masked_fill(side, 0.0).sum() for side in (is_object, ~is_object)])
+
+
+def split_weights(share: float, text: float, objects: float) -> tuple[float, float]:
+    """What a text and an object target weigh in (1 - s) * text mean + s * object mean.
+
+    Args:
+        share: s.
+        text, objects: targets of the GLOBAL batch, in whatever unit the sums are averaged in. A
+            side without any gives its weight to the other: the split is of what there is.
+    """
+    if not (text and objects):
+        share = float(not text)
+    return (1.0 - share) / (text or 1.0), share / (objects or 1.0)
+
+
 def gold_log_probability(
     states: torch.Tensor,
     gold_tokens: torch.Tensor,

@@ -32,6 +32,8 @@ from trelm_ds.losses import (
     entity_scores,
     gold_log_probability,
     mlm_loss_sum,
+    mlm_split_sums,
+    split_weights,
     total_loss,
 )
 from trelm_ds.memory.bank import MemoryRows
@@ -235,11 +237,16 @@ def span_mean(states: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
 
 class Normalizers(NamedTuple):
     """What the sums of a micro-batch are divided by: global counts of the step over
-    (world size * accumulation steps), so that the engine's averaging gives the exact mean."""
+    (world size * accumulation steps), so that the engine's averaging gives the exact mean.
+
+    ``text`` and ``objects`` add up to ``mlm`` and are read with ``train.object_loss_share`` only.
+    """
 
     mlm: float
     cka: float
     entity: float = 1.0
+    text: float = 0.0
+    objects: float = 0.0
 
 
 class StepOutput(NamedTuple):
@@ -247,7 +254,10 @@ class StepOutput(NamedTuple):
 
     Attributes:
         loss: scalar, Eq. 3.
-        mlm_loss: scalar, sum over masked positions / normalizers.mlm, detached.
+        mlm_loss: scalar, sum over masked positions / normalizers.mlm, detached; the weighted
+            sum of both sides with ``train.object_loss_share``.
+        mlm_sums: float32 [2], over text targets and over object targets: -log P(token); zeros
+            without ``train.object_loss_share``; detached.
         cka_loss: scalar, sum over decoded tokens / normalizers.cka, detached.
         entity_sums: float32 [2], over decoded triples: -log P(gold entity), gold ranked first;
             zeros without entity decoding; detached.
@@ -258,6 +268,7 @@ class StepOutput(NamedTuple):
 
     loss: torch.Tensor
     mlm_loss: torch.Tensor
+    mlm_sums: torch.Tensor
     cka_loss: torch.Tensor
     entity_sums: torch.Tensor
     local_memory: torch.Tensor
@@ -482,8 +493,16 @@ class TrelmModel(MaskedLanguageModel):
         embeds = self._embed(batch, memory, memory_weight)
         states = encode(self.backbone, embeds, batch.attention_mask, packing)
         logits = mlm_head(self.backbone)(states.flatten(0, 1)[batch.mlm_positions])
-        mlm = mlm_loss_sum(logits, batch.mlm_labels) / (normalizers.mlm or 1.0)
-        entity_sums = mlm.new_zeros(2, dtype=torch.float32)
+        share = self.config.train.object_loss_share
+        if share is None:
+            mlm = mlm_loss_sum(logits, batch.mlm_labels) / (normalizers.mlm or 1.0)
+            mlm_sums = mlm.new_zeros(2)
+        else:
+            sums = mlm_split_sums(logits, batch.mlm_labels, batch.mlm_mention >= 0)
+            text, objects = split_weights(share, normalizers.text, normalizers.objects)
+            mlm = text * sums[0] + objects * sums[1]
+            mlm_sums = sums.detach()
+        entity_sums = mlm.new_zeros(2)
         if self.decoder is None:
             loss, cka = mlm, torch.zeros_like(mlm)
             gold_probability = mlm.new_zeros(len(batch.decode_mention))
@@ -517,6 +536,7 @@ class TrelmModel(MaskedLanguageModel):
         return StepOutput(
             loss,
             mlm.detach(),
+            mlm_sums,
             cka.detach(),
             entity_sums,
             local.float(),

@@ -79,7 +79,8 @@ class StepPlan:
         normalizers: divisors of this rank's loss sums such that DeepSpeed's mean over ranks and
             micro-batches is the exact mean over the global batch.
         tokens, masked, sequences: global counts.
-        entities: global count of triples decoded as entities.
+        objects, entities: global counts of masked tokens of whole mentions, and of triples
+            decoded as entities.
     """
 
     step: int
@@ -90,6 +91,7 @@ class StepPlan:
     tokens: int
     masked: int
     sequences: int
+    objects: int
     entities: int
 
 
@@ -325,6 +327,7 @@ class Trainer:
         counts = [batch.counts() for batch in micro_batches]
         row = [
             float(sum(c["mlm"] for c in counts)),
+            float(sum(c["objects"] for c in counts)),
             float(sum(c["cka"] for c in counts)),
             float(sum(c["entity"] for c in counts)),
             float(sum(c["tokens"] for c in counts)),
@@ -337,7 +340,7 @@ class Trainer:
         stop, clock, healthy = table[:, -3:].T
         self._check_health(healthy)
         self.state.clock_s = float(clock.max())
-        masked, decoded, entities, tokens, sequences = table[:, :-3].sum(0).tolist()
+        masked, objects, decoded, entities, tokens, sequences = table[:, :-3].sum(0).tolist()
         train, state = self.config.train, self.state
         progress = state.step / train.max_steps
         if train.max_hours is not None:
@@ -355,11 +358,13 @@ class Trainer:
             lr=learning_rate(max(progress, 0.5 / train.max_steps), train),
             memory_weight=memory_weight(q, progress, self.config.memory),
             normalizers=Normalizers(
-                *(max(1.0, count) / share for count in (masked, decoded, entities))
+                *(max(1.0, count) / share for count in (masked, decoded, entities)),
+                *(count / share for count in (masked - objects, objects)),
             ),
             tokens=int(tokens),
             masked=int(masked),
             sequences=int(sequences),
+            objects=int(objects),
             entities=int(entities),
         )
         return plan, bool(stop.max())
@@ -453,6 +458,7 @@ class Trainer:
         self._interval.tokens += plan.tokens
         self._interval.masked += plan.masked
         self._interval.sequences += plan.sequences
+        self._interval.objects += plan.objects
         self._interval.entities += plan.entities
 
     # -- what a run tells -----------------------------------------------------------------------
@@ -559,15 +565,17 @@ class Interval:
         self.reset()
 
     def reset(self) -> None:
-        self.steps = self.tokens = self.masked = self.sequences = self.entities = 0
+        self.steps = self.tokens = self.masked = self.sequences = 0
+        self.objects = self.entities = 0
         self.seconds = 0.0
-        self._losses = torch.zeros(6, device=self._device, dtype=torch.float64)
+        self._losses = torch.zeros(8, device=self._device, dtype=torch.float64)
 
     def add(self, output) -> None:
         losses = (output.loss, output.mlm_loss, output.cka_loss)
         self._losses[:3] += torch.stack([x.detach().double() for x in losses])
         self._losses[3] += 1.0
-        self._losses[4:] += output.entity_sums
+        self._losses[4:6] += output.entity_sums
+        self._losses[6:] += output.mlm_sums
 
     def metrics(self, model_config, group) -> dict[str, float]:
         """Means over the interval, all ranks and micro-batches; times are this rank's."""
@@ -591,8 +599,13 @@ class Interval:
         }
         if self.entities:
             values["train/entity_loss"], values["train/entity_accuracy"] = (
-                table[4:] / self.entities
+                table[4:6] / self.entities
             ).tolist()
+        text, objects = table[6:].tolist()  # zeros unless train.object_loss_share is set
+        if text:
+            values["train/mlm_text_loss"] = text / (self.masked - self.objects)
+        if objects:
+            values["train/mlm_object_loss"] = objects / self.objects
         for phase in ("forward", "backward", "bank", "optimizer"):
             values[f"time/{phase}_s"] = times.get(phase, 0.0) / steps
         return values

@@ -74,6 +74,7 @@ def test_every_field():
     assert batch.negatives.tolist() == [7, 8]
     assert batch.counts() == {
         "mlm": 3,
+        "objects": 0,
         "cka": 9,
         "entity": 0,
         "tokens": 19,
@@ -95,6 +96,7 @@ def test_targets_know_the_masked_mention_they_belong_to():
     assert batch.mlm_mention.tolist() == [-1, 7, 7, 5, -1, -1, 7]
     assert batch.mlm_mention_group.tolist() == [-1, 0, 0, 1, -1, -1, 2]
     assert batch.num_mlm_mentions == 3
+    assert batch.counts()["objects"] == 4
     batch = collate([second])
     assert batch.mlm_mention.tolist() == batch.mlm_mention_group.tolist() == [-1]
     assert batch.num_mlm_mentions == 0
@@ -105,6 +107,7 @@ def test_no_mentions_and_no_targets_keep_every_shape():
     assert batch.mention_spans.shape == (0, 3) and batch.decode_tokens.shape == (0, 0)
     assert batch.counts() == {
         "mlm": 0,
+        "objects": 0,
         "cka": 0,
         "entity": 0,
         "tokens": 9,

@@ -182,8 +182,10 @@ OBJECTIVES = {
     "decoding__entity_negatives": 5,
     "decoding__mentions": "all",
     "decoding__triple": "all",
+    "train__object_loss_share": 0.3,
 }
 OBJECTIVE_KEYS = ("train/loss", "train/entity_loss", "train/entity_accuracy")
+OBJECTIVE_KEYS += ("train/mlm_text_loss", "train/mlm_object_loss", "train/mlm_loss")
 
 
 def logged(trainer) -> list[list[float]]:
@@ -209,11 +211,13 @@ def objectives_run(rank, world_size, data_dir, output_dir):
 def test_objectives_on_two_ranks_equal_one(one_rank, two_ranks):
     one, two = torch.tensor(one_rank["objectives"]), torch.tensor(two_ranks[0]["objectives"])
     assert one.shape == (3, len(OBJECTIVE_KEYS)) and one[:, 1].min() > 0
+    text, objects, mlm = one[:, 3:].T  # of one step each: the global means
+    torch.testing.assert_close(mlm, 0.7 * text + 0.3 * objects)
     torch.testing.assert_close(two, one, rtol=2e-4, atol=2e-4)
 
 
 def one_sided_run(rank, world_size, data_dir, output_dir):
-    """Rank 1 never has anything to decode: under ZeRO-3 both must call the same modules."""
+    """Rank 1 has no object and nothing to decode: ZeRO-3 needs the same modules called on both."""
     found = {}
     for zero in ("zero0", "zero3"):
         trainer = make_trainer(
@@ -236,13 +240,19 @@ def one_sided_run(rank, world_size, data_dir, output_dir):
 def one_sided(micro_batches, rank) -> list:
     names = ("decode_mention", "decode_relation", "decode_other", "decode_tokens")
     names += ("entity_gold", "entity_hits")
+    if not rank:
+        return micro_batches
     return [
-        dataclasses.replace(b, **{name: getattr(b, name)[:0] for name in names}) if rank else b
-        for b in micro_batches
+        dataclasses.replace(
+            batch,
+            mlm_mention=torch.full_like(batch.mlm_mention, -1),
+            **{name: getattr(batch, name)[:0] for name in names},
+        )
+        for batch in micro_batches
     ]
 
 
-def test_a_rank_without_anything_to_decode_trains_alike_under_zero_3(two_ranks):
+def test_a_rank_without_anything_to_decode_and_objects_trains_alike_under_zero_3(two_ranks):
     found = two_ranks[0]["one sided"]
     assert len(found["zero3"]) == 2 and torch.tensor(found["zero3"]).isfinite().all()
     torch.testing.assert_close(

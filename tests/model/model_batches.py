@@ -167,7 +167,7 @@ def make_memory(batch, hidden_size=16, seed=3):
     return MemoryRows(local, global_, torch.ones(count, dtype=torch.int64))
 
 
-ONES = Normalizers(1.0, 1.0)
+ONES = Normalizers(mlm=1.0, cka=1.0, entity=1.0, text=1.0, objects=1.0)
 
 
 def sample_batch_without(batch, *, mentions=False, targets=False):
@@ -179,4 +179,5 @@ def sample_batch_without(batch, *, mentions=False, targets=False):
         smaller = smaller.to("cpu")
         smaller.mlm_positions = smaller.mlm_positions[:0]
         smaller.mlm_labels = smaller.mlm_labels[:0]
+        smaller.mlm_mention = smaller.mlm_mention[:0]
     return smaller

@@ -10,6 +10,8 @@ from trelm_ds.losses import (
     entity_scores,
     gold_log_probability,
     mlm_loss_sum,
+    mlm_split_sums,
+    split_weights,
     total_loss,
 )
 
@@ -36,6 +38,38 @@ def test_mlm_loss_is_float32_for_bf16_logits():
 def test_mlm_loss_without_targets_is_zero_and_connected():
     logits = torch.zeros(0, 11, requires_grad=True)
     loss = mlm_loss_sum(logits, torch.zeros(0, dtype=torch.int64))
+    assert loss.item() == 0
+    loss.backward()
+    assert logits.grad is not None
+
+
+@pytest.mark.parametrize("objects", [[1, 3], [], [0, 1, 2, 3, 4]])
+def test_the_split_of_text_and_objects_against_a_loop(objects):
+    torch.manual_seed(0)
+    logits = torch.randn(5, 11, requires_grad=True)
+    labels = torch.tensor([3, 0, 10, 3, 7])
+    is_object = torch.tensor([i in objects for i in range(5)])
+    sums = mlm_split_sums(logits, labels, is_object)
+    each = [-logits[i].log_softmax(0)[labels[i]].item() for i in range(5)]
+    text = [x for i, x in enumerate(each) if i not in objects]
+    of_objects = [x for i, x in enumerate(each) if i in objects]
+    assert sums.tolist() == pytest.approx([sum(text), sum(of_objects)])
+    weights = split_weights(0.3, len(text), len(of_objects))
+    loss = weights[0] * sums[0] + weights[1] * sums[1]
+    if text and of_objects:
+        expected = 0.7 * sum(text) / len(text) + 0.3 * sum(of_objects) / len(of_objects)
+    else:  # one side is empty: the other has all the weight
+        expected = sum(each) / 5
+    assert loss.item() == pytest.approx(expected)
+    loss.backward()
+    assert torch.isfinite(logits.grad).all() and logits.grad.any()
+
+
+def test_the_split_of_no_targets_is_zero_and_connected():
+    logits = torch.zeros(0, 11, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    weights = split_weights(0.3, 0.0, 0.0)
+    loss = (mlm_split_sums(logits, none, none > 0) * torch.tensor(weights)).sum()
     assert loss.item() == 0
     loss.backward()
     assert logits.grad is not None

@@ -251,6 +251,24 @@ def test_step_output_against_loops(model_type):
     assert output.local_memory.dtype == output.cls.dtype == torch.float32
 
 
+def test_object_loss_share_splits_the_mlm_loss():
+    batch = make_batch()
+    batch.mlm_mention = torch.where(torch.arange(len(batch.mlm_labels)) % 3 == 0, 5, -1)
+    is_object = batch.mlm_mention >= 0
+    model = make_model(train__object_loss_share=0.2).double().eval()
+    normalizers = Normalizers(mlm=5.5, cka=1.0, text=4.0, objects=1.5)
+    output = model(batch, None, 0.0, normalizers)
+    states = encode(model.backbone, model._embed(batch, None, 0.0), batch.attention_mask)
+    logits = mlm_head(model.backbone)(states.flatten(0, 1)[batch.mlm_positions])
+    each = -logits.log_softmax(-1).gather(1, batch.mlm_labels[:, None])[:, 0]
+    text, objects = each[~is_object].sum().item(), each[is_object].sum().item()
+    assert output.mlm_sums.tolist() == pytest.approx([text, objects], rel=1e-5)
+    assert output.mlm_loss.item() == pytest.approx(0.8 * text / 4 + 0.2 * objects / 1.5, rel=1e-5)
+    plain = make_model().double().eval()(batch, None, 0.0, normalizers)
+    assert plain.mlm_loss.item() == pytest.approx((text + objects) / 5.5, rel=1e-5)
+    assert not plain.mlm_sums.any()
+
+
 def test_entity_loss_against_a_loop():
     model = make_model(decoding__entity_weight=0.3).double().eval()
     batch = make_batch()
@@ -320,7 +338,7 @@ FORMS = {
     "checkpointed": {"model__gradient_checkpointing": True},
     "roberta": {"model__model_type": "roberta"},
     "strict": {"routing__scope": "strict", "routing__form": "block"},
-    "entities": {"decoding__entity_weight": 0.5},
+    "entities": {"decoding__entity_weight": 0.5, "train__object_loss_share": 0.4},
 }
 
 

@@ -105,13 +105,14 @@ class Batch:
         return dataclasses.replace(self, **moved)
 
     def counts(self) -> dict[str, int]:
-        """Loss terms and sizes: mlm targets, decoded tokens (cka) and triples decoded as
-        entities, tokens, sequences, mentions.
+        """Loss terms and sizes: mlm targets and those of them in whole masked mentions, decoded
+        tokens (cka) and triples decoded as entities, tokens, sequences, mentions.
 
-        Reads ``decode_tokens``: call it before ``to`` sends the batch to a device.
+        Reads tensors: call it before ``to`` sends the batch to a device.
         """
         return {
             "mlm": len(self.mlm_positions),
+            "objects": int((self.mlm_mention >= 0).sum()),
             "cka": int((self.decode_tokens >= 0).sum()),
             "entity": len(self.entity_gold),
             "tokens": self.num_tokens,
