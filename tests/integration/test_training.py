@@ -289,6 +289,7 @@ def resumed_run(rank, world_size, data_dir, output_dir, settings):
 ACCUMULATED = {"train__gradient_accumulation_steps": 2}
 # Tables of steps 2 and 4 come into use at 3 and 5; the run stops at 3.
 REFRESHED = {"decoding__hard_negative_refresh_steps": 2, "train__max_steps": 7}
+REFRESHED |= {"decoding__entity_weight": 0.5}
 # The backward is cut from step 4 of 6, or from 2; the runs stop at 3.
 LATER = {"routing__truncated_depth": 0.5, "routing__truncate_start": 0.6}
 EARLIER = LATER | {"routing__truncate_start": 0.3}
@@ -298,7 +299,6 @@ RESUMED = {
     "zero1 random": ACCUMULATED | {"zero": "zero1", "routing__form": "random"},
     "hard negatives": REFRESHED | {"decoding__hard_negatives": 4},
     "no hard negatives": REFRESHED,
-    "entities": REFRESHED | {"decoding__hard_negatives": 4, "decoding__entity_weight": 0.5},
 }
 
 
