@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[str, str]] = {
         "trelm_ds.benchmark.masked_adamw",
         "the masked AdamW against torch's fused AdamW",
     ),
+    "step": ("trelm_ds.benchmark.step", "time of a training step, dense against routed"),
 }
 
 
