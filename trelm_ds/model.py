@@ -368,6 +368,7 @@ class TrelmModel(MaskedLanguageModel):
         self.config = config
         self.routing_context = RoutingContext()
         self.ffns = install_routed_ffn(backbone, self.routing_context)
+        self.routing_context.checkpointing = config.model.gradient_checkpointing
         if config.model.gradient_checkpointing:
             # Two names of one method: the first is new in transformers 5, the second leaves in 6.
             enable = getattr(backbone, "activation_checkpointing_enable", None)

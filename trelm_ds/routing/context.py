@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,13 @@ from trelm_ds.routing.paths import LayerPaths, PathScores
 # What a backward does with the scores it reads off.
 SELECT = "select"  # the step's first backward through a layer chooses the layer's paths
 ACCUMULATE = "accumulate"  # every micro-batch adds to ``score_sums``; paths were fixed before
+
+
+class PendingScores(NamedTuple):
+    """Scores of one layer on their way through an all-reduce."""
+
+    scores: PathScores
+    works: list
 
 
 class RoutingContext:
@@ -30,6 +38,7 @@ class RoutingContext:
         score: signed | abs_gradient | activation: what the backward reads off.
         full: score FFN inputs and outputs too (``paths: full``).
         exact_input_gradient: False: the gradient of the FFN's input goes through the path alone.
+        checkpointing: the encoder layers run under activation checkpointing.
     """
 
     def __init__(self):
@@ -39,6 +48,7 @@ class RoutingContext:
         self.score = "signed"
         self.full = False
         self.exact_input_gradient = True
+        self.checkpointing = False
         self.paths: list[LayerPaths | None] = []
         self.score_sums: torch.Tensor | None = None
         self.chosen_by: list[PathScores | None] = []
@@ -138,14 +148,41 @@ class RoutingContext:
         the layers in backward, whether or not it has any target.
         """
         if self._mode == SELECT:
-            self.all_reduce(scores)
-            self.chosen_by[layer] = scores
-            self.paths[layer] = self._select(scores)
+            self.select_from(layer, self.send_scores(layer, scores))
             return
         self._scored[layer] = True
         if self.score_sums is None:
             self.score_sums = scores.mid.new_zeros(self.num_layers, len(scores.mid))
         self.score_sums[layer] += scores.mid
+
+    @property
+    def defers(self) -> bool:
+        """Whether a layer's weight gradients may wait for the ranks to agree on its paths while
+        the layer below goes on. Activation checkpointing would record that order anew."""
+        return (
+            self._mode == SELECT
+            and self.process_group is not None
+            and self.exact_input_gradient
+            and not self.full
+            and not self.checkpointing
+        )
+
+    def send_scores(self, layer: int, scores: PathScores) -> PendingScores:
+        """Starts summing a layer's scores over the ranks (``SELECT``)."""
+        works = []
+        if self.process_group is not None:
+            works = [
+                dist.all_reduce(tensor, group=self.process_group, async_op=True)
+                for tensor in scores.tensors()
+            ]
+        return PendingScores(scores, works)
+
+    def select_from(self, layer: int, pending: PendingScores) -> None:
+        """Waits for the sum and chooses the layer's paths."""
+        for work in pending.works:
+            work.wait()
+        self.chosen_by[layer] = pending.scores
+        self.paths[layer] = self._select(pending.scores)
 
     def all_reduce(self, scores: PathScores) -> None:
         """Sums the scores over the ranks, in place."""

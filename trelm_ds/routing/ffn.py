@@ -44,10 +44,10 @@ class _RoutedFFNFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, up_weight, up_bias, down_weight, down_bias, ffn):
+    def forward(ctx, x, up_weight, up_bias, down_weight, down_bias, ffn, deferred):
         hidden = F.linear(x, up_weight, up_bias)  # [N, f]
         activation = ffn.activation(hidden)
-        ctx.ffn = ffn
+        ctx.ffn, ctx.deferred = ffn, deferred
         # Parameters are saved as they are, not as views: ZeRO-3 swaps their data in and out.
         ctx.save_for_backward(x, hidden, activation, up_weight, down_weight, down_bias)
         return torch.addmm(down_bias, activation, down_weight)
@@ -62,6 +62,8 @@ class _RoutedFFNFunction(torch.autograd.Function):
 
         # dL/dA of every neuron and token: needed for the exact dX, or by its own choice of score.
         wants_scores = routing.wants_scores(layer)
+        # Where only the weights' gradients depend on the paths, the ranks agree on them meanwhile.
+        overlaps = ctx.deferred is not None and wants_scores and exact and not routing.full
         grad_activation = None
         if exact or (wants_scores and routing.score_all_tokens):
             grad_activation = grad @ down_weight.t()
@@ -69,7 +71,24 @@ class _RoutedFFNFunction(torch.autograd.Function):
             scores = _path_scores(
                 ffn, x, hidden, activation, grad, grad_activation, up_weight, down_weight, down_bias
             )
-            routing.receive_scores(layer, scores)
+            if overlaps:
+                pending = routing.send_scores(layer, scores)
+            else:
+                routing.receive_scores(layer, scores)
+        if overlaps:
+            grad_hidden = ffn.activation_backward(grad_activation, hidden)
+
+            def weight_grads():
+                routing.select_from(layer, pending)
+                return _path_weight_grads(routing.paths[layer], x, activation, grad, grad_hidden)
+
+            ctx.deferred.compute = weight_grads
+            grad_down_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
+            return (
+                grad_hidden @ up_weight,
+                *(ctx.deferred.stand_in(i, grad) for i in range(3)),
+                *(grad_down_bias, None, None),
+            )
         paths = routing.paths[layer]
 
         if exact:
@@ -106,7 +125,56 @@ class _RoutedFFNFunction(torch.autograd.Function):
                 kept = torch.zeros_like(grad_down_bias, dtype=torch.bool)
                 kept[paths.outputs] = True
                 grad_down_bias = grad_down_bias.masked_fill(~kept, 0)
-        return grad_x, grad_up, grad_up_bias, grad_down, grad_down_bias, None
+        return grad_x, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None
+
+
+def _path_weight_grads(paths, x, activation, grad, grad_hidden):
+    """dW1, db1, dW2 on scattered paths of whole neurons, zeros elsewhere."""
+    grad_up_bias = grad_hidden.new_zeros(grad_hidden.shape[1])
+    grad_up_bias.index_copy_(0, paths.rows, paths.take(grad_hidden, 1).sum(0))
+    return (
+        ops.path_weight_grad(grad_hidden, x, paths.rows),
+        grad_up_bias,
+        ops.path_weight_grad(activation, grad, paths.rows),
+    )
+
+
+class _Deferred:
+    """Weight gradients of one FFN call that are computed later than its backward.
+
+    ``compute`` is set by a backward that deferred them; without it the gradients that arrive are
+    the real ones.
+    """
+
+    def __init__(self, shapes):
+        self.shapes = shapes
+        self.compute = None
+
+    def stand_in(self, i: int, like: torch.Tensor) -> torch.Tensor:
+        """A gradient of the right shape that holds no memory; replaced by ``compute``'s."""
+        return like.new_zeros(()).expand(self.shapes[i])
+
+
+class _DeferredWeights(torch.autograd.Function):
+    """An FFN's weights on their way into its function; their gradients are finished here.
+
+    Autograd runs what was recorded last first. Recorded just before the FFN of the layer BELOW,
+    this backward runs just after that FFN's: the all-reduce of this layer's scores has the layer
+    between to finish in.
+    """
+
+    @staticmethod
+    def forward(ctx, up_weight, up_bias, down_weight, deferred):
+        ctx.deferred = deferred
+        return tuple(w.view_as(w) for w in (up_weight, up_bias, down_weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        compute, ctx.deferred.compute = ctx.deferred.compute, None
+        if compute is not None:
+            grads = compute()
+        return (*grads, None)
 
 
 def _path_scores(
@@ -185,6 +253,8 @@ class RoutedFFN(nn.Module):
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.context = context
         self.layer_index = layer_index
+        self.above: list[RoutedFFN] = []  # the next layer's; in a list, so that it is no submodule
+        self._through: tuple | None = None  # its weights by way of ``_DeferredWeights``
         self.up_weight = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
         self.up_bias = nn.Parameter(torch.zeros(intermediate_size, **factory))
         self.down_weight = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
@@ -204,10 +274,24 @@ class RoutedFFN(nn.Module):
         if not self.context.active:
             return self.project(self.intermediate(hidden_states))
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        output = _RoutedFFNFunction.apply(
-            flat, self.up_weight, self.up_bias, self.down_weight, self.down_bias, self
-        )
+        for ffn in self.above:
+            ffn._defer_weights()
+        through, self._through = self._through, None
+        weights = (self.up_weight, self.up_bias, self.down_weight)
+        *weights, deferred = through or (*weights, None)
+        output = _RoutedFFNFunction.apply(flat, *weights, self.down_bias, self, deferred)
         return output.view(hidden_states.shape)
+
+    def _defer_weights(self) -> None:
+        """Called by the layer below, just before its own function is recorded."""
+        weights = (self.up_weight, self.up_bias, self.down_weight)
+        if (
+            self.context.defers
+            and torch.is_grad_enabled()
+            and all(w.requires_grad and not hasattr(w, "ds_id") for w in weights)  # not ZeRO-3's
+        ):
+            deferred = _Deferred([w.shape for w in weights])
+            self._through = (*_DeferredWeights.apply(*weights, deferred), deferred)
 
 
 def encoder_layers(backbone: nn.Module) -> nn.ModuleList:
@@ -253,6 +337,8 @@ def install_routed_ffn(backbone: nn.Module, context: RoutingContext) -> list[Rou
             ffn.down_bias.copy_(down.bias)
         layer.intermediate = nn.Identity()
         layer.output.dense = ffn
+        if ffns:
+            ffns[-1].above.append(ffn)
         ffns.append(ffn)
     context.num_layers = len(ffns)
     return ffns
