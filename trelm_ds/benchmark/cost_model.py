@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from trelm_ds.config import RoutingConfig
 from trelm_ds.routing.paths import kept_count
+from trelm_ds.routing.truncation import truncated_layers
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ def step_flops(
     if routed:
         kept = kept_count(f, routing.kept_fraction, routing.multiple_of) / f
     strict = routing.scope == "strict"
-    backward_layers = layers
+    backward_layers, unused = layers, 0
     if truncated:
-        backward_layers = layers - int(routing.truncated_depth * layers)
+        backward_layers = layers - truncated_layers(routing, layers)
+        unused = 3 * d * d  # nobody asks for the gradient of the lowest layer's input
 
     through_path = routed and routing.input_gradient == "path"
     input_layer = projections + 2 * core + ffn * (kept if through_path else 1.0)
@@ -66,6 +68,6 @@ def step_flops(
     head_weights = transform + (0 if strict else decoder)  # the decoder is the tied, frozen table
     return StepFlops(
         2.0 * (tokens * layers * (projections + ffn + core) + masked * (transform + decoder)),
-        2.0 * (tokens * backward_layers * input_layer + masked * (transform + decoder)),
+        2.0 * (tokens * (backward_layers * input_layer - unused) + masked * (transform + decoder)),
         2.0 * (tokens * backward_layers * weight_layer + masked * head_weights),
     )

@@ -36,6 +36,7 @@ from trelm_ds.optim import PathAdamW, RoutedFragment
 from trelm_ds.routing.context import RoutingContext
 from trelm_ds.routing.controller import RoutingController
 from trelm_ds.routing.scope import apply_scope
+from trelm_ds.routing.truncation import BackwardTruncation
 from trelm_ds.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -106,10 +107,10 @@ class Shapes:
         )
 
 
-def synthetic_tables() -> types.SimpleNamespace:
+def synthetic_tables(vocab_size: int) -> types.SimpleNamespace:
     """What the model and the collator read of ``KnowledgeTables``, drawn at random."""
     rng = np.random.default_rng(0)
-    names = rng.integers(4, 1000, (ENTITIES, 8)).astype(np.int32)
+    names = rng.integers(4, min(1000, vocab_size), (ENTITIES, 8)).astype(np.int32)
     names[:, 3:] = -1  # names of three tokens
     return types.SimpleNamespace(
         entity_embeddings=rng.normal(size=(ENTITIES + 1, TRANSE_DIM)).astype(np.float32),
@@ -143,7 +144,7 @@ def synthetic_batch(shapes: Shapes, config: Config, vocab_size: int, tables) -> 
             decode_entity=rng.integers(0, ENTITIES, 2 * count),
         )
         injected = mentions.spans[mentions.injected]
-        corrupted, targets = masker(ids, np.zeros((0, 2), dtype=np.int64), injected, rng)
+        corrupted, targets, _ = masker(ids, np.zeros((0, 2), dtype=np.int64), injected, rng)
         examples.append(Example(position, ids, corrupted, targets, mentions))
     negatives = rng.integers(4, vocab_size, config.decoding.num_negatives)
     return Batch.from_numpy(collator(examples, negatives))
@@ -159,9 +160,13 @@ class _Arm:
         ).routing
         self.step = 0
         self.context = RoutingContext()
+        self.truncation = BackwardTruncation(bench.model, self.config)
         self.activate()
         self.routing = RoutingController(
-            self.config, bench.model.ffns, self.context, total_steps=10**6, seed=0
+            *(self.config, bench.model.ffns, self.context),
+            total_steps=10**6,
+            seed=0,
+            truncation=self.truncation,
         )
         self.optimizer = PathAdamW(parameter_groups(bench.model, 0.01), lr=1e-6)
         self.optimizer.state = bench.optimizer_state  # the same weights have the same moments
@@ -183,7 +188,7 @@ class _Arm:
         """Makes the shared model this arm's."""
         model = self.bench.model
         apply_scope(model, self.config)
-        model.routing_context = self.context
+        model.routing_context, model.truncation = self.context, self.truncation
         for ffn in model.ffns:
             ffn.context = self.context
 
@@ -262,7 +267,7 @@ class StepBenchmark:
             raise ConfigError(f"--dtype {shapes.dtype}: known are fp32 and bf16")
         config = shapes.config()
         vocab_size = shapes.vocab_size or VOCAB_SIZES[shapes.model_type]
-        tables = synthetic_tables()
+        tables = synthetic_tables(vocab_size)
         torch.manual_seed(0)
         backbone = build_backbone(config, vocab_size, SPECIAL.pad)
         log_q = torch.full((vocab_size,), -float(np.log(vocab_size)))
