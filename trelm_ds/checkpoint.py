@@ -127,7 +127,15 @@ class Checkpointer:
 
     # -- saving ---------------------------------------------------------------------------------
 
-    def save(self, state: TrainState, engine, bank, routing_state: dict, extras: dict) -> Path:
+    def save(
+        self,
+        state: TrainState,
+        engine,
+        bank,
+        routing_state: dict,
+        extras: dict,
+        sampling_state: dict | None = None,
+    ) -> Path:
         """Writes one checkpoint; on every rank, at the same step.
 
         Args:
@@ -136,6 +144,7 @@ class Checkpointer:
             bank: memory bank or None.
             routing_state: ``RoutingController.state_dict()``, equal on all ranks.
             extras: files for rank 0 to write, ``{relative name: text}`` or a folder to copy.
+            sampling_state: ``KnowledgeSampling.state_dict()``, equal on all ranks, or None.
         Returns:
             The published folder.
         Raises:
@@ -157,6 +166,8 @@ class Checkpointer:
             save_file(_rng_state(self._device), str(rng))
             if self._world.is_main:
                 self._write_main(temporary, state, engine, routing_state, extras)
+                if sampling_state is not None:
+                    save_file(sampling_state, str(temporary / "sampling.safetensors"))
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError
             problem = f"{type(error).__name__}: {error}"
         if problem := _agree(problem, self._group):
@@ -259,8 +270,8 @@ class Checkpointer:
             problem = str(error)
         return _agree(problem, self._group)
 
-    def restore(self, folder: Path, engine, bank, routing) -> TrainState:
-        """Loads a verified checkpoint into the engine, the memory bank and the routing.
+    def restore(self, folder: Path, engine, bank, routing, sampling=None) -> TrainState:
+        """Loads a verified checkpoint into the engine, memory bank, routing and sampling.
 
         Raises:
             CheckpointError: it belongs to another run (every difference is named), or DeepSpeed
@@ -277,6 +288,8 @@ class Checkpointer:
         if bank is not None:
             bank.load_shards(folder / "bank")
         routing.load_state_dict(load_file(folder / "routing.safetensors"))
+        if sampling is not None:
+            sampling.load_state_dict(load_file(folder / "sampling.safetensors"))
         rng = load_file(folder / f"rng_{self._world.rank:05d}.safetensors")
         torch.set_rng_state(rng["cpu"])
         if self._device.type == "cuda" and "cuda" in rng:

@@ -1,6 +1,6 @@
 """One typed configuration: preset < file < flags < ``--set``, unknown keys are errors.
 
-A run is described by seven sections. Each is a dataclass whose field comments are its
+A run is described by eight sections. Each is a dataclass whose field comments are its
 reference; the paper's symbol stands in brackets. Values come from, weakest first:
 the defaults here, the preset named by ``--method`` (``trelm_ds/presets/NAME.yaml``),
 the YAML/JSON file of ``--config``, Hugging Face style flags, and ``--set section.key=value``.
@@ -23,6 +23,7 @@ from trelm_ds.errors import ConfigError
 
 PRESET_DIR = Path(__file__).parent / "presets"
 
+SAMPLING_FORMS = ("natural", "static", "knowledge_state")
 INJECTION_FORMS = ("none", "kge", "encoder")
 SELECTIONS = ("importance", "long_tail", "frequent", "all", "klt")
 ROUTING_FORMS = (
@@ -121,6 +122,38 @@ class DataConfig:
         _require(self.max_seq_length >= 8, "data.max_seq_length must be at least 8")
         _require(self.num_workers >= 0, "data.num_workers must not be negative")
         _require(self.pad_to_multiple_of >= 1, "data.pad_to_multiple_of must be at least 1")
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """Which rows a batch holds: the corpus as it is, or what is not known yet first."""
+
+    # natural: sentences as often as the corpus has them; static: every entity as often as any
+    # other; knowledge_state: entities the model does not know more often.
+    form: str = "natural"
+    natural_share: float = 0.25  # of the text rows, in natural order all the same; not for natural
+    floor: float = 0.05  # an entity's weight is floor + (1 - K)^temperature, K of knowledge_state
+    temperature: float = 1.0
+    refresh_steps: int = 200  # steps from one table of weights to the next
+    discount: float = 0.2  # of K, the moving average of p(gold) over an entity's masked mentions
+    knowledge_rows: float = 0.0  # share of the rows that are packed triples instead of text
+    knowledge_row_triples: int = 4  # most triples in such a row
+
+    def __post_init__(self):
+        _choice("sampling.form", self.form, SAMPLING_FORMS)
+        _fraction("sampling.natural_share", self.natural_share)
+        # Rows are drawn by rejection, which takes about 1 / floor tries once all is known.
+        _require(0.001 <= self.floor <= 1, "sampling.floor must be in [0.001, 1]")
+        _require(self.temperature > 0, "sampling.temperature must be positive")
+        _require(self.refresh_steps >= 2, "sampling.refresh_steps must be at least 2")
+        _fraction("sampling.discount", self.discount, open_low=True)
+        _require(
+            0 <= self.knowledge_rows < 1,
+            "sampling.knowledge_rows must be in [0, 1): text rows must be left",
+        )
+        _require(
+            self.knowledge_row_triples >= 1, "sampling.knowledge_row_triples must be at least 1"
+        )
 
 
 @dataclass(kw_only=True)
@@ -327,6 +360,7 @@ class Config:
     method: str = "trelm"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     injection: InjectionConfig = field(default_factory=InjectionConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -338,6 +372,12 @@ class Config:
             not self.decoding.hard_negatives or (self.decoding.enabled and self.memory.enabled),
             "decoding.hard_negatives are found in the memory bank: they need memory.enabled and "
             "decoding.enabled",
+        )
+        _require(
+            self.sampling.form != "knowledge_state"
+            or bool(self.data.mention_mask_probability or self.sampling.knowledge_rows),
+            "sampling.form knowledge_state measures masked mentions: it needs "
+            "data.mention_mask_probability or sampling.knowledge_rows above 0",
         )
 
     def to_dict(self) -> dict:

@@ -72,6 +72,31 @@ def split_weights(share: float, text: float, objects: float) -> tuple[float, flo
     return (1.0 - share) / (text or 1.0), share / (objects or 1.0)
 
 
+@torch.no_grad()
+def mention_probability(
+    logits: torch.Tensor, labels: torch.Tensor, group: torch.Tensor, num_groups: int
+) -> torch.Tensor:
+    """p(gold) of every mention that was masked whole: the mean over its masked tokens.
+
+    Args:
+        logits: float [K, vocabulary], of the masked positions.
+        labels: int64 [K].
+        group: int64 [K], the mention of each position; -1: text.
+        num_groups: G; each mention has a position.
+    Returns:
+        float32 [G] in [0, 1], bit by bit the same in any order of the positions.
+    """
+    logits = logits.detach().float()
+    log_p = logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(1)
+    # Whole numbers of 2^-40 add up exactly, so a GPU's order of adding does not matter. Text goes
+    # to one entry more.
+    whole = (log_p.exp().clamp(max=1.0).double() * 2.0**40).round().long()
+    place = torch.where(group < 0, num_groups, group)
+    sums = whole.new_zeros(num_groups + 1).index_add_(0, place, whole)
+    counts = whole.new_zeros(num_groups + 1).index_add_(0, place, torch.ones_like(whole))
+    return (sums[:num_groups].double() / 2.0**40 / counts[:num_groups]).float()
+
+
 def gold_log_probability(
     states: torch.Tensor,
     gold_tokens: torch.Tensor,

@@ -31,6 +31,7 @@ from trelm_ds.losses import (
     TokenPrior,
     entity_scores,
     gold_log_probability,
+    mention_probability,
     mlm_loss_sum,
     mlm_split_sums,
     split_weights,
@@ -264,6 +265,8 @@ class StepOutput(NamedTuple):
         local_memory: float32 [M, hidden], Eq. 4, detached; [0, hidden] without memory bank.
         cls: float32 [B, hidden], last state of the first token, detached.
         gold_probability: float32 [D], mean over a row's decoded tokens of P(gold), detached.
+        mention_probability: float32 [G], mean over a masked whole mention's tokens of the MLM
+            head's p(gold), detached; [0] unless the knowledge state needs it.
     """
 
     loss: torch.Tensor
@@ -274,6 +277,7 @@ class StepOutput(NamedTuple):
     local_memory: torch.Tensor
     cls: torch.Tensor
     gold_probability: torch.Tensor
+    mention_probability: torch.Tensor
 
 
 class MaskedLanguageModel(nn.Module):
@@ -504,6 +508,11 @@ class TrelmModel(MaskedLanguageModel):
             mlm = text * sums[0] + objects * sums[1]
             mlm_sums = sums.detach()
         entity_sums = mlm.new_zeros(2)
+        known = mlm.new_zeros(0)
+        if self.config.sampling.form == "knowledge_state":
+            known = mention_probability(
+                logits, batch.mlm_labels, batch.mlm_mention_group, batch.num_mlm_mentions
+            )
         if self.decoder is None:
             loss, cka = mlm, torch.zeros_like(mlm)
             gold_probability = mlm.new_zeros(len(batch.decode_mention))
@@ -543,6 +552,7 @@ class TrelmModel(MaskedLanguageModel):
             local.float(),
             detached[:, 0].float(),
             gold_probability.float(),
+            known,
         )
 
     def _decode(

@@ -21,15 +21,19 @@ from trelm_ds.checkpoint import Checkpointer, TrainState, checkpoint_name, load_
 from trelm_ds.config import Config
 from trelm_ds.data.loader import StepLoader, heldout_batches
 from trelm_ds.data.shards import load_manifest
+from trelm_ds.data.weights import WeightTables
 from trelm_ds.distributed import World, barrier, cpu_group, gather_objects, gather_vector
 from trelm_ds.engine import gathered
 from trelm_ds.errors import DataError
 from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
 from trelm_ds.export import export_model, last_evaluation
 from trelm_ds.hard_negatives import HardNegatives
+from trelm_ds.knowledge.entity_samples import EntitySamples, index_entity_samples, is_indexed
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+from trelm_ds.knowledge_sampling import KnowledgeSampling
 from trelm_ds.memory.bank import MemoryBank
 from trelm_ds.memory.budget import require_memory, required_bytes
+from trelm_ds.memory.knowledge_state import KnowledgeState
 from trelm_ds.metrics import (
     MetricLog,
     RollingRate,
@@ -135,6 +139,13 @@ class Trainer:
         self.model.to(device)
         ensure_importance(self.model, config, self.data_dir, self.manifest, world, self.control)
         self.tables = KnowledgeTables.load(self.data_dir)
+        weights = None
+        if config.sampling.form == "knowledge_state":
+            weights = WeightTables(
+                KnowledgeSampling.folder(self.output_dir),
+                self.graph.num_entities,
+                config.sampling.refresh_steps,
+            )
         self.loader = StepLoader(
             config,
             self.data_dir,
@@ -143,7 +154,23 @@ class Trainer:
             graph=self.graph,
             tables=self.tables,
             verify=world.local_rank == 0,  # once per machine
+            entity_samples=ensure_entity_samples(
+                config, self.data_dir, self.manifest, world, self.control
+            ),
+            weights=weights,
         )
+        self.sampling = None
+        if weights is not None:
+            self.sampling = KnowledgeSampling(
+                config.sampling,
+                KnowledgeState(
+                    self.graph.num_entities, config.sampling.discount, self.control, device
+                ),
+                weights,
+                self.tables.entity_frequency,
+                world,
+                self.control,
+            )
         self.bank = self._build_bank()
         self.hard_negatives = None
         if config.decoding.hard_negatives:
@@ -260,12 +287,16 @@ class Trainer:
         which = self.config.train.resume_from_checkpoint
         found = self.checkpoints.find(which) if which else None
         if found is not None:
-            self.state = self.checkpoints.restore(found, self.engine, self.bank, self.routing)
+            self.state = self.checkpoints.restore(
+                found, self.engine, self.bank, self.routing, self.sampling
+            )
             logger.info("resumed from %s at step %d", found, self.state.step)
         elif which:
             logger.info("no checkpoint in %s yet: starting from step 0", self.checkpoints.folder)
         if self.hard_negatives is not None:
             self.hard_negatives.resume(self.state.step)
+        if self.sampling is not None:
+            self.sampling.start()
         self.log = MetricLog(
             self.output_dir / "metrics.jsonl",
             self.world.is_main,
@@ -427,6 +458,8 @@ class Trainer:
                     output.local_memory,
                     output.cls[row],
                 )
+            if self.sampling is not None:
+                self.sampling.stage(batch, output.mention_probability)
             watch.stop("bank")
             finite &= torch.isfinite(output.loss.detach())
             self._interval.add(output)
@@ -452,6 +485,8 @@ class Trainer:
             self.bank.commit(self.state.applied_steps)
         elif self.bank is not None:
             self.bank.drop()
+        if self.sampling is not None:
+            self.sampling.end_step(applied, self.state.step)
         self._interval.watch.stop("bank")
         self.routing.end_step(applied)
         self._interval.steps += 1
@@ -476,6 +511,8 @@ class Trainer:
             values["bank/entities"] = self.bank.visited()  # collective
             values["bank/lambda"] = plan.memory_weight
         values.update(self.routing.metrics())
+        if self.sampling is not None:
+            values.update(self.sampling.metrics())
         steps_left = self.config.train.max_steps - self.state.step
         eta = steps_left * interval.seconds / max(1, interval.steps)
         if self.config.train.max_hours is not None:
@@ -529,6 +566,7 @@ class Trainer:
                 "backbone.json": self.model.backbone.config.to_json_string(),
                 "tokenizer": self.data_dir / "tokenizer",
             },
+            None if self.sampling is None else self.sampling.state_dict(),
         )
         self._saved = self.state.step
         return path
@@ -648,6 +686,40 @@ def ensure_importance(model, config: Config, data_dir: Path, manifest: dict, wor
 
     logger.info("scoring %d mentions with the initial model (Eq. 1), once", spans)
     score_importance(model, data_dir, rank=world.rank, world_size=world.size, group=group)
+
+
+INDEX_AUTO_LIMIT = 2_000_000  # samples that are indexed at start-up without being asked to
+
+
+def ensure_entity_samples(
+    config: Config, data_dir: Path, manifest: dict, world, group
+) -> EntitySamples | None:
+    """The samples of each entity, if the sampling needs them; indexed if nobody has yet.
+
+    Raises:
+        DataError: the corpus is too large to be indexed on the way; names the command that does.
+    """
+    if config.sampling.form == "natural":
+        return None
+    samples = manifest["splits"]["train"]["samples"]
+    problem = None
+    # One rank per machine, because the folder may be a copy on its disk.
+    if world.local_rank == 0 and not is_indexed(data_dir, manifest):
+        if samples > INDEX_AUTO_LIMIT:
+            problem = (
+                f"{data_dir}: index its {samples} samples by entity first, "
+                f"python launch/prepare.py index --output {data_dir}"
+            )
+        else:
+            logger.info("indexing %d samples by entity, once", samples)
+            try:
+                index_entity_samples(data_dir)
+            except (DataError, OSError) as error:
+                problem = str(error)
+    problems = [p for p in gather_objects(problem, group) if p]  # all ranks stop, or none
+    if problems:
+        raise DataError(problems[0])
+    return EntitySamples.load(data_dir)
 
 
 def describe_run(config: Config, ds_config: dict, world_size: int, model, num_keys: int) -> str:

@@ -34,8 +34,8 @@ def one_rank(data_dir, tmp_path_factory):
         "foreign": (refuse_foreign, data_dir, folder / "foreign"),
         "branch": (go_back, data_dir, folder / "branch"),
     }
-    for form in SPLIT_FORMS:
-        jobs[f"split {form}"] = (split_run, data_dir, folder / form, form)
+    for form, settings in SPLIT_FORMS.items():
+        jobs[f"split {form}"] = (split_run, data_dir, folder / form, settings)
     jobs["objectives"] = (objectives_run, data_dir, folder / "objectives")
     return run_ranks(several, 1, jobs)[0]
 
@@ -51,8 +51,8 @@ def two_ranks(data_dir, tmp_path_factory):
         "objectives": (objectives_run, data_dir, folder / "objectives"),
         "one sided": (one_sided_run, data_dir, folder / "one sided"),
     }
-    for form in SPLIT_FORMS:
-        jobs[f"split {form}"] = (split_run, data_dir, folder / form, form)
+    for form, settings in SPLIT_FORMS.items():
+        jobs[f"split {form}"] = (split_run, data_dir, folder / form, settings)
     for name, settings in RESUMED.items():
         jobs[f"resume {name}"] = (resumed_run, data_dir, folder / name, settings)
     return run_ranks(several, 2, jobs)
@@ -65,6 +65,8 @@ def run_once(data_dir, output_dir, **settings) -> dict:
     if trainer.bank is not None:
         result["bank"] = trainer.bank.digest()
     result["routing"] = trainer.routing.state_dict()
+    if trainer.sampling is not None:
+        result["sampling"] = trainer.sampling.state_dict()
     trainer.engine.destroy()
     return result
 
@@ -142,21 +144,32 @@ def test_every_method_and_routing_form_runs_through_the_one_loop(one_rank):
     assert first_mlm["random"] == pytest.approx(first_mlm["trelm"], rel=1e-6)
 
 
-SPLIT_FORMS = ("block", "in_backward")
+# A table of weights is made after step 2 and used from step 3 on.
+WEIGHTED = {
+    "sampling__form": "knowledge_state",
+    "sampling__refresh_steps": 2,
+    "sampling__knowledge_rows": 0.25,
+}
+SPLIT_FORMS = {
+    "block": {"routing__form": "block"},
+    "in_backward": {"routing__form": "in_backward"},
+    "sampling": WEIGHTED | {"routing__form": "block"},
+}
 
 
-def split_run(rank, world_size, data_dir, output_dir, form):
+def split_run(rank, world_size, data_dir, output_dir, settings):
     # in_backward takes the paths from the step's first micro-batches: those of all ranks together
     # must be the same sequences. Everything else holds for any split of the global batch.
-    micro, accumulation = (4 // world_size, 2) if form == "in_backward" else (2, 4 // world_size)
+    one_split = settings["routing__form"] == "in_backward"
+    micro, accumulation = (4 // world_size, 2) if one_split else (2, 4 // world_size)
     return run_once(
         data_dir,
         output_dir / f"w{world_size}",
-        routing__form=form,
         train__per_device_train_batch_size=micro,
         train__gradient_accumulation_steps=accumulation,
         train__max_steps=4,
         **TRUNCATED,
+        **settings,
         **DOTTED_NO_DROPOUT,
     )
 
@@ -169,6 +182,13 @@ def test_two_ranks_equal_one(one_rank, two_ranks, form):
         torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=2e-4, atol=2e-4
     )
     assert two["bank"] == other["bank"]
+    if form == "sampling":
+        for name, value in one["sampling"].items():
+            if value.is_floating_point():  # K, and the weights made of it
+                torch.testing.assert_close(two["sampling"][name], value, rtol=2e-4, atol=2e-4)
+            assert torch.equal(other["sampling"][name], two["sampling"][name]), name
+        assert torch.equal(one["sampling"]["count"], two["sampling"]["count"])
+        assert one["sampling"]["count"].sum() > 10
     # Counts, blocks and paths; running score sums differ by rank and in the last bits.
     keep = [name for name, v in one["routing"].items() if not v.is_floating_point()]
     assert len(keep) >= 2
@@ -261,6 +281,8 @@ def test_a_rank_without_anything_to_decode_and_objects_trains_alike_under_zero_3
 
 
 def resumed_run(rank, world_size, data_dir, output_dir, settings):
+    settings = dict(settings)
+    elsewhere = settings.pop("elsewhere", False)
     straight = run_once(data_dir, output_dir / "straight", **settings)
     stopped = make_trainer(data_dir, output_dir / "stopped", **settings)
     plan, taken = stopped._plan, [0]
@@ -275,11 +297,16 @@ def resumed_run(rank, world_size, data_dir, output_dir, settings):
     assert stopped.state.step == 3
     stopped.engine.destroy()
     torch.manual_seed(999)  # what the process did before must not matter
+    name, which = "stopped", "latest"
+    if elsewhere:  # nothing but the checkpoint is left of the run
+        name, which = "elsewhere", output_dir / "stopped" / "checkpoints" / "step_00000003"
+        straight["losses"] = straight["losses"][3:]
     resumed = run_once(
-        data_dir, output_dir / "stopped", train__resume_from_checkpoint="latest", **settings
+        data_dir, output_dir / name, train__resume_from_checkpoint=str(which), **settings
     )
     return {
         "losses": (straight["losses"], resumed["losses"]),
+        "sampling": tuple(digest(run.get("sampling", {})) for run in (straight, resumed)),
         "parameters": (digest(straight["parameters"]), digest(resumed["parameters"])),
         "bank": (straight.get("bank"), resumed.get("bank")),
         "routing": (digest(straight["routing"]), digest(resumed["routing"])),
@@ -296,7 +323,9 @@ EARLIER = LATER | {"routing__truncate_start": 0.3}
 RESUMED = {
     "zero2 block": ACCUMULATED | LATER | {"zero": "zero2", "routing__form": "block"},
     "zero3 in_backward": ACCUMULATED | EARLIER | {"zero": "zero3", "routing__form": "in_backward"},
-    "zero1 random": ACCUMULATED | {"zero": "zero1", "routing__form": "random"},
+    "zero1 random": ACCUMULATED
+    | WEIGHTED
+    | {"zero": "zero1", "routing__form": "random", "elsewhere": True},
     "hard negatives": REFRESHED | {"decoding__hard_negatives": 4},
     "no hard negatives": REFRESHED,
 }

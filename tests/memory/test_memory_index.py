@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from trelm_ds.config import MemoryConfig
+from trelm_ds.data import versioned
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.memory import index as index_module
 from trelm_ds.memory.bank import MemoryBank
@@ -201,7 +202,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr(index_module.os, "replace", fail)
+    monkeypatch.setattr(versioned.os, "replace", fail)
     with pytest.raises(OSError, match="no space"):
         write_table(tmp_path, table_of(1), 1)
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from trelm_ds.losses import (
     TokenPrior,
     entity_scores,
     gold_log_probability,
+    mention_probability,
     mlm_loss_sum,
     mlm_split_sums,
     split_weights,
@@ -24,6 +25,22 @@ def test_mlm_loss_is_the_sum_over_masked_positions():
     for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
         expected -= math.log(math.exp(row[label]) / sum(math.exp(x) for x in row))
     assert mlm_loss_sum(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_probability_of_a_mention_is_the_mean_over_its_tokens():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(7, 11, requires_grad=True), torch.tensor([3, 0, 10, 3, 7, 1, 1])
+    group = torch.tensor([-1, 0, 0, 1, -1, 2, 2])
+    found = mention_probability(logits, labels, group, 3)
+    p = logits.detach().softmax(1)
+    expected = [(p[1, 0] + p[2, 10]) / 2, p[3, 3], (p[5, 1] + p[6, 1]) / 2]
+    torch.testing.assert_close(found, torch.stack(expected))
+    assert found.dtype == torch.float32 and not found.requires_grad
+    order = torch.tensor([6, 1, 3, 0, 2, 5, 4])
+    again = mention_probability(logits[order], labels[order], group[order], 3)
+    assert torch.equal(again, found)
+    assert mention_probability(logits[:1], labels[:1], group[:1], 0).shape == (0,)
+    assert mention_probability(logits[:0], labels[:0], group[:0], 0).shape == (0,)
 
 
 def test_mlm_loss_is_float32_for_bf16_logits():

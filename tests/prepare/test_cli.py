@@ -115,7 +115,7 @@ def test_help_names_every_kind_and_step(capsys):
         prepare(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name in (*READERS, "score", "embed", "stats", "verify"):
+    for name in (*READERS, "score", "index", "embed", "stats", "verify"):
         assert f"\n    {name}" in text
 
 

@@ -4,6 +4,10 @@ The global batch of step t is positions [t G, (t+1) G) of the sample stream, and
 rank r is ``micro`` of them from (a W + r) micro on. Order, masking, mention choices and negatives
 are keyed by what they belong to, so the only state is the step: a run resumes anywhere, with any
 number of ranks, loader processes or accumulation steps that makes the same G.
+
+A position's kind follows from its number alone (``config.sampling``): a share of them are
+knowledge rows, of the others a share takes the samples in their natural order, and the rest is
+drawn by entity, by the weights of the version that its step calls for.
 """
 
 from __future__ import annotations
@@ -25,20 +29,27 @@ from trelm_ds.config import Config
 from trelm_ds.data import rng
 from trelm_ds.data.candidates import EntityCandidates
 from trelm_ds.data.collate import Batch, Collator, Example
+from trelm_ds.data.entity_first import EntityFirst
+from trelm_ds.data.knowledge_rows import KnowledgeRows
 from trelm_ds.data.masking import Masker
 from trelm_ds.data.negatives import NegativeSampler, negative_distribution
-from trelm_ds.data.order import Permutation, stream_position
+from trelm_ds.data.order import Permutation, divide_stream, stream_position
 from trelm_ds.data.sampling import MentionSampler, no_mentions
 from trelm_ds.data.schema import Sample
 from trelm_ds.data.shards import ShardReader, load_manifest
 from trelm_ds.data.special import SpecialTokens
+from trelm_ds.data.weights import WeightTables
 from trelm_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # a floor above: only the names, for the reader
+    from trelm_ds.knowledge.entity_samples import EntitySamples
     from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 
 _HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # the training process acts on these
 _PREFETCHED_MICRO_BATCHES = 4  # per loader process
+# A drawn sample's choices are keyed by its position, above the number of any epoch: it is masked
+# anew each time it is drawn.
+_DRAWN = 1 << 48
 _HELDOUT_SEED = 0  # not the run's: every run is scored on the same masked positions
 
 
@@ -94,8 +105,16 @@ class _MicroBatches(Dataset):
         candidates: EntityCandidates | None,
         num_entities: int,
         global_batch: int,
+        entity_first: EntityFirst | None,
+        knowledge_rows: KnowledgeRows | None,
+        weights: WeightTables | None,
     ):
         self._seed = config.train.seed
+        self._knowledge_share = config.sampling.knowledge_rows
+        self._natural_share = config.sampling.natural_share if entity_first else 1.0
+        self._entity_first = entity_first
+        self._knowledge_rows = knowledge_rows
+        self._weights = weights
         self._reader = reader
         self._masker = masker
         self._mentions = mentions
@@ -122,12 +141,24 @@ class _MicroBatches(Dataset):
         )
         return Example(position, sample.ids, corrupted, targets, mentions, entities[masked])
 
+    def _examples(self, positions: np.ndarray, step: int) -> Iterator[Example]:
+        is_fact, _, text = divide_stream(positions, self._knowledge_share)
+        is_natural, place, _ = divide_stream(text, self._natural_share)
+        epochs, indices = stream_position(place, len(self._reader), self._seed)
+        weights = self._weights.at_step(step) if self._weights is not None else None
+        for row, position in enumerate(positions.tolist()):
+            if is_fact[row]:
+                yield self._knowledge_rows(position, weights)
+            elif is_natural[row]:
+                yield self._example(position, int(epochs[row]), int(indices[row]))
+            else:
+                index = self._entity_first(position, weights)
+                yield self._example(position, _DRAWN + position, index)
+
     def __getitem__(self, positions: np.ndarray) -> dict | DataError:
         step = int(positions[0]) // self._global_batch
-        epochs, indices = stream_position(positions, len(self._reader), self._seed)
-        places = zip(positions.tolist(), epochs.tolist(), indices.tolist(), strict=True)
         try:
-            examples = [self._example(*place) for place in places]
+            examples = list(self._examples(positions, step))
         except DataError as error:
             return error  # raised in the training process: one clear line, no worker traceback
         negatives = np.zeros(0, dtype=np.int64)
@@ -201,6 +232,8 @@ class StepLoader:
         split: whose samples; its mentions must be the ones scored in ``tables.importance``.
         verify: check every shard's sha256 now (about 1.8 GB/s). One rank per machine is enough;
             samples are checked by their crc32 in any case.
+        entity_samples: needed unless ``sampling.form`` is natural.
+        weights: needed by ``sampling.form`` knowledge_state.
     Attributes:
         global_batch: G, sequences of an optimizer step.
         num_keys: rows of the memory bank.
@@ -221,6 +254,8 @@ class StepLoader:
         tables: KnowledgeTables,
         split: str = "train",
         verify: bool = True,
+        entity_samples: EntitySamples | None = None,
+        weights: WeightTables | None = None,
     ):
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} is not below the world size {world_size}")
@@ -251,6 +286,25 @@ class StepLoader:
             negatives = NegativeSampler(
                 distribution, config.decoding.num_negatives, config.train.seed
             )
+        sampling, seed = config.sampling, config.train.seed
+        needs = {"static": [entity_samples], "knowledge_state": [entity_samples, weights]}
+        if any(part is None for part in needs.get(sampling.form, [])):
+            raise ConfigError(
+                f"sampling.form {sampling.form}: the loader was given no entity index or weights"
+            )
+        entity_first = knowledge_rows = None
+        if sampling.form != "natural":
+            entity_first = EntityFirst(entity_samples, seed)
+        if sampling.knowledge_rows:
+            knowledge_rows = KnowledgeRows(
+                graph,
+                tables,
+                special,
+                vocab_size,
+                config.data.max_seq_length,
+                sampling.knowledge_row_triples,
+                seed,
+            )
         text_length = min(config.injection.text_length, tables.entity_names.shape[1] + 2)
         self._dataset = _MicroBatches(
             config,
@@ -275,7 +329,11 @@ class StepLoader:
             candidates,
             graph.num_entities,
             self.global_batch,
+            entity_first,
+            knowledge_rows,
+            weights if sampling.form == "knowledge_state" else None,
         )
+        self._weights = weights
         self._batches: Iterator | None = None
         self._processes: list = []
 
@@ -296,6 +354,8 @@ class StepLoader:
             DataError: a sample is corrupt; names shard and key.
         """
         self.close()
+        if self._weights is not None:
+            self._weights.open()
         loader = DataLoader(
             self._dataset,
             sampler=_Positions(
@@ -338,6 +398,8 @@ class StepLoader:
     def close(self) -> None:
         """Ends the loader processes, if any."""
         atexit.unregister(self.close)
+        if self._weights is not None:
+            self._weights.close()
         batches, self._batches = self._batches, None
         if self._processes:
             # By name, and not by dropping the last reference: a traceback may hold another.

@@ -59,6 +59,25 @@ class Permutation:
         return int(x[0]) if shape == () else x.astype(np.int64).reshape(shape)
 
 
+SHARE_UNIT = 1_000_000  # shares of rows are whole millionths: their arithmetic is exact
+
+
+def divide_stream(position: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Deals the positions of a stream out to two, one of which gets ``share`` of them, evenly.
+
+    Args:
+        position: int64 [n], >= 0.
+        share: in [0, 1].
+    Returns:
+        (bool [n] which positions the first stream gets, int64 [n] their place in it, int64 [n]
+        the others' place in the second). A place is the number of earlier ones of its kind.
+    """
+    units = round(share * SHARE_UNIT)
+    before = position * units // SHARE_UNIT
+    taken = (position + 1) * units // SHARE_UNIT > before
+    return taken, before, position - before
+
+
 def stream_position(position, n: int, seed: int):
     """Epoch and sample index of a position of the endless stream of epoch permutations.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 # Purposes; never renumber.
 ORDER, MASKING, MENTION, NEGATIVES, HELDOUT, HARD_NEGATIVES, ENTITY_NEGATIVES = range(1, 8)
+ENTITY_FIRST, KNOWLEDGE_ROW = 8, 9
 
 _MASK64 = (1 << 64) - 1
 

@@ -8,17 +8,14 @@ from the parent, hangs the first search.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from trelm_ds.data.versioned import read_versioned, write_versioned
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.memory.shard_files import visited_rows
 
@@ -197,18 +194,7 @@ def table_path(folder: str | Path, version: int) -> Path:
 def write_table(folder: str | Path, table: np.ndarray, version: int) -> Path:
     """Writes an int32 [num_entities, k] table under its version, complete or not at all."""
     path = table_path(folder, version)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = np.ascontiguousarray(table, dtype=np.int32)
-    metadata = {"format": FORMAT, "version": str(version)}
-    metadata["sha256"] = hashlib.sha256(table.data).hexdigest()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({"neighbours": table}, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_versioned(path, table.astype(np.int32, copy=False), version, FORMAT)
     return path
 
 
@@ -219,15 +205,7 @@ def read_table(folder: str | Path, version: int, num_entities: int) -> np.ndarra
         DataError: missing, truncated, another version or size, or its sha256 does not match.
     """
     path = table_path(folder, version)
-    try:
-        with safe_open(path, "np") as file:
-            metadata, table = file.metadata() or {}, file.get_tensor("neighbours")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise DataError(f"{path}: unreadable: {error}") from None
-    if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(version)):
-        raise DataError(f"{path}: not version {version} of a {FORMAT} table")
-    if hashlib.sha256(np.ascontiguousarray(table).data).hexdigest() != metadata.get("sha256"):
-        raise DataError(f"{path}: not what was written (sha256)")
+    table = read_versioned(path, version, FORMAT)
     if table.dtype != np.int32 or table.ndim != 2 or len(table) != num_entities:
         raise DataError(f"{path}: {table.dtype} {table.shape}, expected int32 [{num_entities}, k]")
     return table

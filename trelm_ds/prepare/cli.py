@@ -98,6 +98,7 @@ def _build_parser() -> argparse.ArgumentParser:
         _add_transe(kind)
     for name, text in (
         ("score", "semantic importance of every training mention (Eq. 1)"),
+        ("index", "samples of each entity, for sampling.form static and knowledge_state"),
         ("embed", "train the TransE vectors again"),
         ("stats", "write stats.json and stats.png again"),
         ("verify", "check every checksum, sample and id"),
@@ -143,7 +144,8 @@ def prepare(argv: list[str]) -> str:
     args = _build_parser().parse_args(argv)
     if args.kind in READERS:
         return _prepare_corpus(args)
-    return {"score": _score, "embed": _embed, "stats": _stats, "verify": _verify}[args.kind](args)
+    steps = {"score": _score, "index": _index, "embed": _embed, "stats": _stats, "verify": _verify}
+    return steps[args.kind](args)
 
 
 def _prepare_corpus(args: argparse.Namespace) -> str:
@@ -200,6 +202,13 @@ def _score(args: argparse.Namespace) -> str:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     report = score_importance(model, args.output, replacement=args.replacement)
     return f"{args.output}: scored {report['spans']} spans, mean importance {report['mean']:.4f}"
+
+
+def _index(args: argparse.Namespace) -> str:
+    from trelm_ds.knowledge.entity_samples import index_entity_samples
+
+    pairs = index_entity_samples(args.output)
+    return f"{args.output}: indexed {pairs} pairs of entity and training sample"
 
 
 def _embed(args: argparse.Namespace) -> str:
