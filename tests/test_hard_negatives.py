@@ -1,0 +1,47 @@
+"""What a micro-batch gets from the table of neighbours."""
+
+import numpy as np
+import pytest
+from tiny_corpus import write_tiny_corpus
+
+from trelm_ds.config import build_config
+from trelm_ds.data.loader import StepLoader
+from trelm_ds.hard_negatives import HardNegatives
+from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+
+
+@pytest.mark.parametrize("room", [4096, 0])
+def test_entity_decoding_is_offered_the_neighbours_of_its_answers(tmp_path, room):
+    write_tiny_corpus(tmp_path, entities=60, triples=40, train=40)
+    graph, tables = KnowledgeGraph.load(tmp_path), KnowledgeTables.load(tmp_path)
+    config = build_config(
+        {
+            "data.num_workers": 0,
+            "train.per_device_train_batch_size": 2,
+            "decoding.num_negatives": 8,
+            "decoding.hard_negatives": 3,
+            "decoding.entity_weight": 0.5,
+            "decoding.entity_negatives": 2,
+            "decoding.entity_candidates": max(3, room),
+        }
+    )
+    (batch,) = next(StepLoader(config, tmp_path, 0, 1, graph, tables).iterate(1))
+    hard = HardNegatives(config, None, graph, tables, tmp_path / "n", None, None, lambda: 0)
+    assert hard.apply(batch, 1) is batch  # no table yet
+    table = np.full((60, 2), -1, dtype=np.int32)
+    gold = np.unique(batch.decode_other.numpy())
+    asked = np.flatnonzero(graph.degrees())
+    table[gold] = asked[(np.arange(2 * len(gold)) * 7) % len(asked)].reshape(-1, 2)
+    hard._table.table = table
+    found = hard.apply(batch, 1)
+
+    def names(tokens):
+        return {tuple(row) for row in tokens.tolist()}
+
+    before, after = names(batch.entity_tokens), names(found.entity_tokens)
+    near = names(tables.entity_names[np.unique(table[gold])])
+    assert before <= after
+    assert after - before == (near - before if room else set())
+    assert bool(after - before) == bool(room)
+    answers = found.entity_tokens[found.entity_gold].tolist()
+    assert answers == tables.entity_names[batch.decode_other].tolist()
