@@ -302,6 +302,7 @@ def test_heldout_batches_are_fixed(corpus, graph, tables, configure):
         decoding__enabled=False,
         memory__enabled=False,
         data__mention_mask_probability=0.9,
+        data__mlm_probability=0.4,
     )
     assert sequences(same) == content
     shares = [batches(rank, 3) for rank in range(3)]

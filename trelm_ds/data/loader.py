@@ -50,7 +50,9 @@ _PREFETCHED_MICRO_BATCHES = 4  # per loader process
 # A drawn sample's choices are keyed by its position, above the number of any epoch: it is masked
 # anew each time it is drawn.
 _DRAWN = 1 << 48
-_HELDOUT_SEED = 0  # not the run's: every run is scored on the same masked positions
+# Not the run's: every run is scored on the same masked positions, whatever it trains on.
+_HELDOUT_SEED = 0
+_HELDOUT_MLM_PROBABILITY = 0.15
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
@@ -435,7 +437,7 @@ def heldout_batches(
     vocab_size = manifest["tokenizer"]["vocab_size"]
     special = SpecialTokens.load(data_dir, vocab_size)
     masker = Masker(
-        vocab_size, special.is_special(vocab_size), special.mask, config.data.mlm_probability
+        vocab_size, special.is_special(vocab_size), special.mask, _HELDOUT_MLM_PROBABILITY
     )
     collator = Collator(
         special, config.data.pad_to_multiple_of, config.data.max_seq_length, 0, tables
