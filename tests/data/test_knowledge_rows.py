@@ -2,12 +2,13 @@
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from data.test_loader import loader, steps_of
 
-from trelm_ds.data.knowledge_rows import KnowledgeRows, tail_share
+from trelm_ds.data.knowledge_rows import KnowledgeRows, asks_for_tail
 from trelm_ds.data.special import SpecialTokens
 from trelm_ds.errors import DataError
 
@@ -75,20 +76,25 @@ def test_rows_say_training_triples_and_hide_one_whole_name_of_each(corpus, graph
     assert again.ids.tolist() == rows(7, None).ids.tolist() != make(seed=1)(7, None).ids.tolist()
 
 
-def test_triples_are_drawn_by_the_weight_of_the_answer(corpus, graph, make):
+@pytest.mark.parametrize("backwards", [False, True])
+def test_triples_are_drawn_by_the_weight_of_the_answer(corpus, graph, make, backwards):
     weights = np.random.default_rng(3).uniform(0.05, 1.0, 24).astype(np.float32)
-    rows = make(triples=1)
-    share = tail_share(corpus.triples, 4)
+    triples = np.array(sorted(corpus.triples[:, :: -1 if backwards else 1].tolist()))
+    rows = make(
+        triples=1, graph=SimpleNamespace(triples=triples, num_relations=4, folder=graph.folder)
+    )
+    of_tail = asks_for_tail(triples, 4)
+    assert of_tail.all() or (backwards and not of_tail.all())
     for given in (None, weights):
-        n = 3000
+        n = 2000
         drawn = Counter(facts_of(corpus, graph, rows(p, given))[0] for p in range(n))
         expected = {}
-        for head, relation, tail in corpus.triples.tolist():
-            for end, answer in enumerate((head, tail)):
-                chance = share[relation] if end else 1 - share[relation]
-                key = ((head, relation, tail), end)
-                expected[key] = chance * (1.0 if given is None else given[answer])
+        for head, relation, tail in triples.tolist():
+            answer = tail if of_tail[relation] else head
+            key = ((head, relation, tail), int(of_tail[relation]))
+            expected[key] = 1.0 if given is None else given[answer]
         total = sum(expected.values())
+        assert set(drawn) <= set(expected)
         for key, weight in expected.items():
             p = weight / total
             assert abs(drawn[key] / n - p) < 5 * np.sqrt(p * (1 - p) / n), key
@@ -97,8 +103,9 @@ def test_triples_are_drawn_by_the_weight_of_the_answer(corpus, graph, make):
 def test_a_relation_is_asked_for_the_end_it_determines():
     born = [(person, 0, person % 2) for person in range(2, 20)]  # 18 people, 2 places
     twins = [(0, 1, 1), (1, 1, 0)]
-    triples = np.array(sorted(born + twins), dtype=np.int32)
-    np.testing.assert_allclose(tail_share(triples, 3), [18 / 20, 0.5, 1.0])
+    holds = [(place, 2, person) for person, _, place in born]
+    triples = np.array(sorted(born + twins + holds), dtype=np.int32)
+    assert asks_for_tail(triples, 4).tolist() == [True, True, False, True]
 
 
 def test_short_rows_hold_what_fits_and_no_room_at_all_is_an_error(corpus, graph, make):

@@ -2,6 +2,7 @@
 
     [CLS] head relation [MASK] [MASK] [SEP] [MASK] relation tail [SEP] ...
 
+The relation decides which end is asked for.
 They carry no mentions: nothing is injected, remembered or decoded, so nothing but the row's own
 words can give the answer away. Withheld facts are not among the training triples.
 """
@@ -23,23 +24,24 @@ if TYPE_CHECKING:  # a floor above: only the names, for the reader
     from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 
 _ROUNDS = 8  # of candidates for a further triple of a row
+_CHUNK = 1 << 20  # triples looked at together
 
 
-def tail_share(triples: np.ndarray, num_relations: int) -> np.ndarray:
-    """How often a relation is asked for the tail: heads / (heads + tails), each kind counted once.
+def asks_for_tail(triples: np.ndarray, num_relations: int) -> np.ndarray:
+    """Which end of a relation's triples is asked for: the one with fewer different entities.
 
-    A relation with many heads for a tail (born in) determines its tail and hardly its head, and
-    is asked accordingly; one of equally many is asked for both ends alike.
+    "Born in" has many heads for a tail, so it determines the tail and hardly the head; asked for
+    the head it would stay unknown for ever, and be drawn for that. Ties go to the tail.
 
     Returns:
-        float64 [R]; 1 for a relation without triples.
+        bool [R], True: the tail.
     """
     distinct = []
     for end in (0, 2):
         codes = np.unique(triples[:, end].astype(np.int64) * num_relations + triples[:, 1])
         distinct.append(np.bincount(codes % num_relations, minlength=num_relations))
     heads, tails = distinct
-    return np.where(heads > 0, heads / np.maximum(heads + tails, 1), 1.0)
+    return tails <= heads
 
 
 class KnowledgeRows:
@@ -74,35 +76,28 @@ class KnowledgeRows:
         self._max_length = max_length
         self._most = triples
         self._seed = seed
-        # How often (head, tail) is the masked end.
-        tail = tail_share(graph.triples, graph.num_relations)
-        self._end_share = np.stack([1.0 - tail, tail])
-        room = max_length - 1
-        chunk = 1 << 20
-        for first in range(0, len(graph.triples), chunk):
-            last = min(first + chunk, len(graph.triples))
-            rows = np.repeat(np.arange(first, last), 2)
-            ends = np.tile([0, 1], last - first)
-            if (self._chances(rows, ends, None, room) > 0).any():
+        self._asks_for_tail = asks_for_tail(graph.triples, graph.num_relations)
+        for first in range(0, len(graph.triples), _CHUNK):
+            rows = np.arange(first, min(first + _CHUNK, len(graph.triples)))
+            if self._chances(rows, None, max_length - 1).any():
                 return
         raise DataError(
             f"{graph.folder}: no training triple whose names are known fits into a row of "
             f"{max_length} tokens (sampling.knowledge_rows)"
         )
 
-    def _chances(self, rows, ends, weights, room: int) -> np.ndarray:
-        """float [n] in [0, 1]: weight of asking for an end (0 head, 1 tail) of triples ``rows``."""
+    def _chances(self, rows: np.ndarray, weights: np.ndarray | None, room: int) -> np.ndarray:
+        """float [n] in [0, 1]: weights of triples ``rows``; 0 without names or above ``room``."""
         head, relation, tail = self._graph.triples[rows].T
-        answer = np.where(ends == 1, tail, head)
-        names, via = self._tables.entity_names, self._tables.relation_names[relation]
-        parts = names[head], via, names[tail]
+        answer = np.where(self._asks_for_tail[relation], tail, head)
+        names = self._tables.entity_names
+        parts = names[head], self._tables.relation_names[relation], names[tail]
         lengths = [(part >= 0).sum(1) for part in parts]
         asked = names[answer]
         possible = np.all([length > 0 for length in lengths], axis=0)
         possible &= ((asked >= 0) & ~self._is_special[asked]).any(1)
         possible &= np.sum(lengths, axis=0) + 1 <= room
-        chance = self._end_share[ends, relation] * possible
-        return chance if weights is None else chance * weights[answer]
+        return possible.astype(float) if weights is None else possible * weights[answer]
 
     def __call__(self, position: int, weights: np.ndarray | None) -> Example:
         """The row at a position of the stream.
@@ -116,20 +111,17 @@ class KnowledgeRows:
         for number in range(self._most):
             room = self._max_length - len(ids)
 
-            def chance(candidates, room=room):
-                # A fact asked twice, once for each end, would answer itself.
-                rows, ends = np.divmod(candidates, 2)
-                fresh = ~np.isin(rows, used)
-                return self._chances(rows, ends, weights, room) * fresh
+            def chance(rows, room=room):
+                # A fact that is said twice in a row is worth one question.
+                return self._chances(rows, weights, room) * ~np.isin(rows, used)
 
-            drawn = weighted_draw(
-                stream, 2 * len(self._graph.triples), chance, _ROUNDS if number else None
+            row = weighted_draw(
+                stream, len(self._graph.triples), chance, _ROUNDS if number else None
             )
-            if drawn is None:  # no room is left, or no fact
+            if row is None:  # no room is left, or no fact
                 break
-            row, end = divmod(drawn, 2)
             used.append(row)
-            ids += self._words(row, end, len(ids), masked)
+            ids += self._words(row, len(ids), masked)
         original = np.array(ids, dtype=np.int32)
         corrupted = original.astype(np.int64)
         targets = np.zeros(len(ids), dtype=bool)
@@ -139,14 +131,15 @@ class KnowledgeRows:
         spans = np.array(masked, dtype=np.int64)
         return Example(position, original, corrupted, targets, no_mentions(), spans)
 
-    def _words(self, row: int, end: int, start: int, masked: list) -> list[int]:
+    def _words(self, row: int, start: int, masked: list) -> list[int]:
         """Tokens of a triple and the separator; adds its masked name to ``masked``."""
         head, relation, tail = self._graph.triples[row].tolist()
+        of_tail = self._asks_for_tail[relation]
         words: list[int] = []
         for name, asked in (
-            (self._tables.entity_names[head], head if end == 0 else None),
+            (self._tables.entity_names[head], None if of_tail else head),
             (self._tables.relation_names[relation], None),
-            (self._tables.entity_names[tail], tail if end == 1 else None),
+            (self._tables.entity_names[tail], tail if of_tail else None),
         ):
             name = name[name >= 0].tolist()
             if asked is not None:

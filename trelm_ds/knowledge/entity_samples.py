@@ -133,24 +133,28 @@ def _spool_pairs(folder, manifest: dict, spool: Path) -> np.ndarray:
     counts = np.zeros(num_entities, dtype=np.int64)
     started = logged = time.monotonic()
     pending: list[np.ndarray] = []
-    waiting = 0
+    waiting = begun = 0
 
-    def flush(file):
-        if pending:
-            rows = np.concatenate(pending)
-            counts[:] += np.bincount(rows[:, 0], minlength=num_entities)
-            file.write(rows.tobytes())
+    def flush(file, end):
+        if not pending:
+            return
+        sample = np.repeat(np.arange(begun, end), [len(keys) for keys in pending])
+        keys = np.concatenate(pending).astype(np.int64)
+        mentions = keys < num_entities
+        # Sorted by sample, then entity; each pair once.
+        codes = np.unique(sample[mentions] * num_entities + keys[mentions])
+        rows = np.stack([codes % num_entities, codes // num_entities], axis=1).astype(np.int32)
+        counts[:] += np.bincount(rows[:, 0], minlength=num_entities)
+        file.write(rows.tobytes())
         pending.clear()
 
     with open(spool, "wb") as file:
         for i in range(len(reader)):
-            entities = np.unique(reader[i].spans[:, 2])
-            entities = entities[entities < num_entities]
-            pending.append(np.column_stack([entities, np.full_like(entities, i)]))
-            waiting += len(entities)
+            pending.append(reader[i].spans[:, 2])
+            waiting += len(pending[-1])
             if waiting >= _CHUNK:
-                flush(file)
-                waiting = 0
+                flush(file, i + 1)
+                waiting, begun = 0, i + 1
             if i % 1024 == 0 and time.monotonic() - logged > _LOG_EVERY_S:
                 logged = time.monotonic()
                 rate = (i + 1) / (logged - started)
@@ -160,7 +164,7 @@ def _spool_pairs(folder, manifest: dict, spool: Path) -> np.ndarray:
                     len(reader),
                     (len(reader) - i) / rate,
                 )
-        flush(file)
+        flush(file, len(reader))
     reader.close()
     return counts
 
