@@ -3,13 +3,35 @@
 
 import argparse
 import json
+import logging
 import os
+import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+from trelm_ds.downstream.settings import DEFAULTS, FineTuning
 from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError, one_line
 
-TASKS = ("lama", "heldout")
+# task -> (what it is, what --data is)
+TASKS = {
+    "lama": ("cloze P@1 of facts", "prepared data folder, or a probe folder"),
+    "heldout": ("MLM loss of unseen text", "prepared data folder"),
+    "typing": ("fine-tune on entity typing: micro-F1", "folder of train and dev or test files"),
+    "relation": ("fine-tune on relation classification: F1", "folder of train and dev/test files"),
+    "glue": ("fine-tune on GLUE: the tasks' dev scores", "a task's folder, or a folder of them"),
+    "neurons": ("knowledge neurons of facts, and their effect", "as for lama"),
+}
+# flag -> help of the fine-tuning flags, the fields of FineTuning
+FINE_TUNING = {
+    "epochs": "passes over the training split",
+    "batch_size": "examples of an optimizer step",
+    "learning_rate": "peak learning rate",
+    "seeds": "runs: the mean and the spread over them are reported",
+    "max_train_samples": "train on this many, evenly spaced (default: all)",
+    "max_eval_samples": "score this many of each split, evenly spaced (default: all)",
+    "max_seq_length": "tokens (default: 128, or fewer where the model has fewer positions)",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,21 +44,32 @@ def build_parser() -> argparse.ArgumentParser:
         prog="launch/evaluate.py",
         description="Scores of a masked language model without injection and memory.",
     )
-    parser.add_argument(
-        "task", choices=TASKS, help="lama: cloze P@1 of facts; heldout: MLM loss of unseen text"
-    )
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="prepared data folder (lama: or a probe folder)"
-    )
-    parser.add_argument("--json", type=Path, help="file for the result; it is printed anyway")
-    parser.add_argument("--per_device_eval_batch_size", type=int, default=64)
-    parser.add_argument("--eval_batches", type=int, default=64, help="heldout: batches to score")
-    parser.add_argument("--device", help="default: the GPU if there is one")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for name, (about, data) in TASKS.items():
+        task = tasks.add_parser(name, help=about, description=about)
+        task.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
+        task.add_argument("--data", type=Path, required=True, help=data)
+        task.add_argument("--json", type=Path, help="file for the result; it is printed anyway")
+        task.add_argument("--device", default="auto", help="default: the GPU if there is one")
+        if name == "neurons":
+            task.add_argument("--max_eval_samples", type=int, default=500, help="facts at most")
+            continue
+        task.add_argument("--per_device_eval_batch_size", type=int, default=64)
+        if name in DEFAULTS:
+            defaults = asdict(FineTuning()) | DEFAULTS[name]
+            for flag, text in FINE_TUNING.items():
+                default = defaults[flag]
+                text += "" if default is None else f" (default: {default})"
+                kind = type(default) if default is not None else int
+                task.add_argument(f"--{flag}", type=kind, default=default, help=text)
+        else:
+            task.add_argument("--eval_batches", type=int, default=64, help="heldout: batches")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("trelm_ds").setLevel(logging.INFO)
     try:
         args = build_parser().parse_args(argv)
         result = run(args)
@@ -52,11 +85,11 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def choose_device(name: str | None):
-    """The device called ``name``, tried; without a name the GPU if there is one."""
+def choose_device(name: str):
+    """The device called ``name``, tried; ``auto`` is the GPU if there is one."""
     import torch
 
-    if name is None:
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -69,23 +102,52 @@ def choose_device(name: str | None):
 def run(args: argparse.Namespace) -> dict:
     if args.json and not args.json.parent.is_dir():
         raise ConfigError(f"--json {args.json}: no such folder")
-    for name in ("per_device_eval_batch_size", "eval_batches"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("per_device_eval_batch_size", "eval_batches", "max_eval_samples"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: must be at least 1")
     device = choose_device(args.device)
+    if args.task in DEFAULTS:
+        return named(args) | fine_tune(args, device)
 
     from trelm_ds.data.tokenizer import load_tokenizer
     from trelm_ds.model import MaskedLanguageModel, load_pretrained
 
     model = MaskedLanguageModel(load_pretrained(args.model)).to(device)
     tokenizer = load_tokenizer(args.model)
-    score = {"lama": score_lama, "heldout": score_heldout}[args.task]
-    return {
-        "task": args.task,
-        "model": args.model.name,
-        "data": args.data.name,
-        **score(args, model, tokenizer, device),
-    }
+    score = {"lama": score_lama, "heldout": score_heldout, "neurons": score_neurons}[args.task]
+    return named(args) | score(args, model, tokenizer, device)
+
+
+def named(args) -> dict:
+    return {"task": args.task, "model": args.model.name, "data": args.data.name}
+
+
+def fine_tune(args, device) -> dict:
+    """Scores of a fine-tuning task; of ``glue`` by task, and their average."""
+    from trelm_ds.data.tokenizer import load_tokenizer
+    from trelm_ds.downstream.entity_typing import read_typing
+    from trelm_ds.downstream.finetune import finetune
+    from trelm_ds.downstream.glue import read_glue
+    from trelm_ds.downstream.relations import read_relation
+    from trelm_ds.model import load_pretrained
+
+    settings = FineTuning(
+        **{flag: getattr(args, flag) for flag in FINE_TUNING},
+        eval_batch_size=args.per_device_eval_batch_size,
+    )
+    read = {"typing": read_typing, "relation": read_relation, "glue": read_glue}[args.task]
+    found = read(args.data)
+    backbone, tokenizer = load_pretrained(args.model), load_tokenizer(args.model)
+    if args.task != "glue":
+        return finetune(backbone, tokenizer, found, settings, device)
+    results = [finetune(backbone, tokenizer, task, settings, device) for task in found]
+    # MNLI's two sets count as one task.
+    means = [
+        statistics.fmean(scores[result["metric"]]["mean"] for scores in result["scores"].values())
+        for result in results
+    ]
+    return {"average": statistics.fmean(means), "tasks": {r["name"]: r for r in results}}
 
 
 def score_lama(args, model, tokenizer, device) -> dict:
@@ -94,6 +156,15 @@ def score_lama(args, model, tokenizer, device) -> dict:
 
     probe = read_probe(args.data, tokenizer, max_positions(model.backbone.config))
     return probe_accuracy(model, probe, device, batch_size=args.per_device_eval_batch_size)
+
+
+def score_neurons(args, model, tokenizer, device) -> dict:
+    from trelm_ds.downstream.neurons import knowledge_neuron_report
+    from trelm_ds.evaluate import read_probe
+    from trelm_ds.model import max_positions
+
+    probe = read_probe(args.data, tokenizer, max_positions(model.backbone.config))
+    return knowledge_neuron_report(model, probe, args.max_eval_samples)
 
 
 def score_heldout(args, model, tokenizer, device) -> dict:
