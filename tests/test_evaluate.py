@@ -18,6 +18,7 @@ from trelm_ds.evaluate import (
     evaluate_heldout,
     evaluate_probes,
     heldout_mlm_loss,
+    is_selection_fact,
     load_probes,
     probe_accuracy,
     read_probe,
@@ -93,7 +94,10 @@ def _brute_force(hf_folder, data, candidates=None):
             mask = inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)
             best = max(allowed, key=lambda token: logits[mask, token].item())
             hit = tokenizer.convert_ids_to_tokens(best) == row["answer"]
-            for split in ("all", row["set"], *(k for k in ("tail", "graph_only") if row[k])):
+            splits = [row["set"], *(k for k in ("tail", "graph_only") if row[k])]
+            reported = ["report", *(f"report_{name}" for name in splits)]
+            part = ["select"] if is_selection_fact(row) else reported
+            for split in ["all", *splits, *part]:
                 hits[split][row["relation"]].append(hit)
     return hits
 
@@ -102,7 +106,9 @@ def test_p_at_1_equals_a_plain_loop(model, hf_folder, data):
     probe = load_probes(data, model)
     result = probe_accuracy(model, probe, "cpu", batch_size=7)
     expected = _brute_force(hf_folder, data)
-    assert set(result["splits"]) == set(expected) == {"all", "tail", "graph_only", "template"}
+    splits = {"all", "tail", "graph_only", "template"}
+    parts = {"select", "report", "report_tail", "report_graph_only", "report_template"}
+    assert set(result["splits"]) == set(expected) == splits | parts
     for split, by_relation in expected.items():
         scores = [sum(hits) / len(hits) for hits in by_relation.values()]
         every = [hit for hits in by_relation.values() for hit in hits]
@@ -120,7 +126,22 @@ def test_p_at_1_equals_a_plain_loop(model, hf_folder, data):
 def test_metric_names(model, data):
     values = evaluate_probes(model, load_probes(data, model), "cpu")
     assert {"eval/probe_p1", "eval/probe_p1_tail", "eval/probe_p1_graph_only"} <= set(values)
+    assert {"eval/select_p1", "eval/report_p1", "eval/report_p1_tail"} <= set(values)
     assert evaluate_probes(model, None, "cpu") == {}
+
+
+def test_facts_of_selection_and_of_report_are_disjoint():
+    facts = [
+        {"relation": f"P{i % 7}", "subject": i, "object": 3 * i + 1, "text": f"{i}", "answer": "a"}
+        for i in range(4000)
+    ]
+    chosen = [is_selection_fact(fact) for fact in facts]
+    assert 0.22 < sum(chosen) / len(chosen) < 0.28
+    # A fact is on one side whatever the sentence that asks for it.
+    assert chosen == [is_selection_fact(f | {"text": "other", "answer": "b"}) for f in facts]
+    # Without entities the question and its answer stand for the fact.
+    bare = [{k: f[k] for k in ("relation", "text", "answer")} for f in facts]
+    assert 0.22 < sum(is_selection_fact(f) for f in bare) / len(bare) < 0.28
 
 
 def test_limit_spreads_over_the_facts(model, data):
@@ -155,7 +176,7 @@ def test_facts_that_cannot_be_asked_are_counted(data, tmp_path):
     tokenizer = _probe_file(tmp_path, data, rows, ["name1", "name2", "not a token"])
     probe = read_probe(tmp_path, tokenizer, max_length=32)
     assert probe.skipped == {"not_one_token": 2, "not_a_candidate": 1, "too_long": 1}
-    assert len(probe.rows) == 1 and probe.rows[0].splits == ("all", "context")
+    assert len(probe.rows) == 1 and probe.rows[0].splits[:2] == ("all", "context")
     assert len(probe.candidates[True]) == 2
 
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import typing
+from collections.abc import Collection
 
 from trelm_ds.config import (
     Config,
@@ -30,6 +31,34 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+def add_config_flags(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
+    """A flag for every key of ``FLAG_SECTIONS`` by its bare name, but those in ``leave_out``."""
+    for section, cls in FLAG_SECTIONS.items():
+        group = parser.add_argument_group(section)
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            if f.name in leave_out:
+                continue
+            options = typing.get_args(hints[f.name]) or (hints[f.name],)
+            # A bare --bf16 means true; --bf16 false switches it off.
+            bare = {"nargs": "?", "const": "true"} if bool in options else {}
+            group.add_argument(
+                f"--{f.name}", default=None, metavar="VALUE", help=f"default {f.default}", **bare
+            )
+
+
+def given_config_flags(
+    args: argparse.Namespace, leave_out: Collection[str] = ()
+) -> dict[str, object]:
+    """The flags of ``add_config_flags`` that were given, as ``{"section.key": value}``."""
+    return {
+        f"{section}.{f.name}": getattr(args, f.name)
+        for section, cls in FLAG_SECTIONS.items()
+        for f in dataclasses.fields(cls)
+        if f.name not in leave_out and getattr(args, f.name) is not None
+    }
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="launch/pretrain.py",
@@ -50,16 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry_run", action="store_true", help="print what would run, then exit")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
-    for section, cls in FLAG_SECTIONS.items():
-        group = parser.add_argument_group(section)
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            options = typing.get_args(hints[f.name]) or (hints[f.name],)
-            # A bare --bf16 means true; --bf16 false switches it off.
-            bare = {"nargs": "?", "const": "true"} if bool in options else {}
-            group.add_argument(
-                f"--{f.name}", default=None, metavar="VALUE", help=f"default {f.default}", **bare
-            )
+    add_config_flags(parser)
     return parser
 
 
@@ -81,11 +101,6 @@ def parse_arguments(argv: list[str]) -> tuple[Config, argparse.Namespace]:
         is_key = key.partition(".")[2] == flag.lstrip("-")
         hint = near[0] if near and not is_key else f"--set {key}=..."
         raise ConfigError(f"unknown argument {flag!r}; did you mean {hint!r}?")
-    overrides: dict[str, object] = {}
-    for section, cls in FLAG_SECTIONS.items():
-        for f in dataclasses.fields(cls):
-            value = getattr(args, f.name)
-            if value is not None:
-                overrides[f"{section}.{f.name}"] = value
+    overrides = given_config_flags(args)
     overrides.update(parse_assignment(text) for text in args.set)
     return load_config(args.method, args.config, overrides), args

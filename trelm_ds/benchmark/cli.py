@@ -16,7 +16,16 @@ from trelm_ds.errors import ConfigError, TrelmError
 from trelm_ds.stopping import StopRequest
 
 # kind -> (module, what --help says)
-KINDS: dict[str, tuple[str, str]] = {
+KINDS = {
+    "convergence": (
+        "trelm_ds.benchmark.convergence",
+        "time to the better DKPLM baseline's quality, method by method",
+    ),
+    "routing": (
+        "trelm_ds.benchmark.convergence",
+        "the same study over forms of knowledge routing",
+    ),
+    "sweep": ("trelm_ds.benchmark.sweep", "one configuration key over several values"),
     "masked-adamw": (
         "trelm_ds.benchmark.masked_adamw",
         "the masked AdamW against torch's fused AdamW",

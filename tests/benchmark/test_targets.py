@@ -1,0 +1,201 @@
+"""Crossings, targets and ratios on curves made by hand."""
+
+import pytest
+
+from trelm_ds.benchmark.targets import (
+    METRICS,
+    Metric,
+    Point,
+    at_time,
+    better_baseline,
+    convergence_rows,
+    curve,
+    equal_time_rows,
+    paired_ratios,
+    reach,
+    target_of,
+)
+
+P1 = Metric("eval/report_p1", "P@1")
+LOSS = METRICS[0]
+
+
+def points(*values, step=100, seconds=10.0):
+    return [Point(i * step, i * seconds, v) for i, v in enumerate(values)]
+
+
+def result(arm, seed, p1, *, seconds=10.0, loss=None, rate=1e-3, step=100):
+    loss = loss or [10.0 - i for i in range(len(p1))]
+    evaluations = [
+        {"step": i * step, "time_s": i * seconds, "eval/report_p1": v, "eval/mlm_loss": m}
+        for i, (v, m) in enumerate(zip(p1, loss, strict=True))
+    ]
+    return {"arm": arm, "seed": seed, "learning_rate": rate, "evaluations": evaluations}
+
+
+def test_a_target_between_two_evaluations_is_interpolated_in_steps_and_time():
+    found = reach(points(0.0, 0.1, 0.3), 0.2, True)
+    assert (found.step, found.time_s, found.value) == pytest.approx((150, 15.0, 0.2))
+    found = reach(points(8.0, 6.0, 2.0), 5.0, False)
+    assert (found.step, found.time_s) == pytest.approx((125, 12.5))
+
+
+def test_the_first_crossing_of_the_raw_curve_counts():
+    # Up, down below the target, up again: the first time, from the evaluation just before it.
+    assert reach(points(0.0, 0.3, 0.1, 0.4), 0.2, True).step == pytest.approx(200 / 3)
+    # A dip just before the crossing: the running best (0.2 at 100) would cross at 150, the raw
+    # curve, which has to climb from 0.1, at 200 - 100 * 0.1 / 0.3.
+    assert reach(points(0.0, 0.2, 0.1, 0.4), 0.3, True).step == pytest.approx(200 + 200 / 3)
+
+
+def test_never_reached_already_reached_and_exactly_reached():
+    assert reach(points(0.0, 0.1, 0.19), 0.2, True) is None
+    assert reach([], 0.2, True) is None
+    start = reach(points(0.3, 0.1), 0.2, True)
+    assert (start.step, start.time_s) == (0, 0.0)
+    tie = reach(points(0.0, 0.2, 0.2, 0.3), 0.2, True)
+    assert (tie.step, tie.time_s) == (100, 10.0)
+    assert reach(points(0.2, 0.2), 0.2, True).step == 0
+
+
+def test_the_tolerance_is_a_share_of_the_gain_and_never_raises_the_bar():
+    assert target_of(points(0.0, 0.5), P1, 0.1) == pytest.approx(0.45)
+    assert target_of(points(10.0, 5.0), LOSS, 0.1) == pytest.approx(5.5)
+    assert target_of(points(5.0, 6.0), LOSS, 0.1) == pytest.approx(6.1)  # ended worse than it began
+    assert target_of(points(0.5, 0.4), P1, 0.1) == pytest.approx(0.39)
+
+
+def test_curves_skip_what_is_missing_and_keep_the_later_of_two_lines_of_a_step():
+    rows = [
+        {"step": 0, "time_s": 0.0, "eval/report_p1": 0.0},
+        {"step": 5, "time_s": 1.0, "eval/report_p1": 0.1},
+        {"step": 10, "time_s": 2.0, "eval/report_p1": None},
+        {"step": 5, "time_s": 1.5, "eval/report_p1": 0.2},
+        {"step": 15, "time_s": 3.0},
+        {"step": 20, "time_s": 4.0, "eval/report_p1": float("nan")},
+    ]
+    assert curve(rows, "eval/report_p1") == [Point(0, 0.0, 0.0), Point(5, 1.5, 0.2)]
+
+
+def test_values_at_a_moment():
+    line = points(0.0, 0.1, 0.3)
+    assert at_time(line, 15.0).value == pytest.approx(0.2)
+    assert at_time(line, 10.0).value == pytest.approx(0.1)
+    assert at_time(line, 99.0).value == 0.3  # it had ended
+    assert at_time(line, 0.0).value == 0.0
+    assert at_time([], 1.0) is None
+
+
+def ratios_of(results, baselines, **kwargs):
+    rows = convergence_rows(results, baselines, (LOSS, P1), tolerance=0.0, **kwargs)
+    headline = {m.key: better_baseline(results, baselines, m) for m in (LOSS, P1)}
+    return rows, {
+        (r["method"], r["metric"], r["baseline"]): r for r in paired_ratios(rows, headline)
+    }
+
+
+def test_time_ratio_is_step_ratio_times_step_time_ratio_for_each_seed():
+    results = [
+        result("dkplm", 1, [0.0, 0.1, 0.2, 0.3, 0.4]),
+        result("dkplm", 2, [0.0, 0.1, 0.2, 0.3, 0.4]),
+        result("dkplm", 3, [0.0, 0.1, 0.2, 0.3, 0.4]),
+        # Half, a quarter and three quarters of the steps, at 0.8 of the time each.
+        result("trelm", 1, [0.0, 0.2, 0.4, 0.5, 0.5], seconds=8.0),
+        result("trelm", 2, [0.0, 0.4, 0.4, 0.5, 0.5], seconds=8.0),
+        result("trelm", 3, [0.0, 0.1, 0.2, 0.4, 0.5], seconds=8.0),
+    ]
+    rows, ratios = ratios_of(results, ["dkplm"])
+    found = ratios["trelm", "eval/report_p1", "dkplm"]
+    assert found["steps_ratio"] == pytest.approx(0.5)
+    assert found["step_time_ratio"] == pytest.approx(0.8)
+    assert found["time_ratio"] == pytest.approx(0.4)
+    assert (found["low"], found["high"]) == pytest.approx((0.2, 0.6))
+    assert (found["pairs"], found["reached"], found["held"]) == (3, 3, 3)
+    assert found["headline"]
+    # MLM losses at those moments: 10 - 2, 10 - 1, 10 - 3 against the baseline's 10 - 4.
+    assert found["mlm_loss"] == pytest.approx(8.0)
+    assert found["baseline_mlm_loss"] == pytest.approx(6.0)
+    own = ratios["dkplm", "eval/report_p1", "dkplm"]
+    assert own["time_ratio"] == own["steps_ratio"] == own["step_time_ratio"] == 1.0
+    row = next(r for r in rows if (r["method"], r["seed"], r["metric"]) == ("trelm", 2, P1.key))
+    assert (row["steps"], row["time_s"], row["reached"], row["final"]) == (100, 8.0, True, 0.5)
+
+
+def test_a_seed_that_never_arrives_counts_as_infinitely_slow():
+    base = [result("dkplm", s, [0.0, 0.2, 0.4]) for s in (1, 2, 3)]
+    fast, slow = [0.0, 0.4, 0.4], [0.0, 0.1, 0.2]
+    _, ratios = ratios_of(
+        base + [result("a", 1, fast), result("a", 2, fast), result("a", 3, slow)], ["dkplm"]
+    )
+    found = ratios["a", "eval/report_p1", "dkplm"]
+    assert found["time_ratio"] == pytest.approx(0.5) and found["low"] == pytest.approx(0.5)
+    assert found["high"] is None and found["reached"] == 2
+    _, ratios = ratios_of(
+        base + [result("a", 1, fast), result("a", 2, slow), result("a", 3, slow)], ["dkplm"]
+    )
+    found = ratios["a", "eval/report_p1", "dkplm"]
+    assert found["time_ratio"] is None and found["steps_ratio"] is None and found["reached"] == 1
+    assert found["low"] == pytest.approx(0.5)
+
+
+def test_a_spike_that_does_not_last_is_reached_but_not_held():
+    rows, ratios = ratios_of(
+        [result("dkplm", 1, [0.0, 0.1, 0.3]), result("a", 1, [0.0, 0.4, 0.2])], ["dkplm"]
+    )
+    found = ratios["a", "eval/report_p1", "dkplm"]
+    assert (found["reached"], found["held"]) == (1, 0)
+
+
+def test_a_baseline_that_starts_at_its_target_gives_no_ratio():
+    results = [
+        result("dkplm", 1, [0.0, 0.2], loss=[5.0, 6.0]),
+        result("trelm", 1, [0.0, 0.2], loss=[5.0, 4.0]),
+    ]
+    _, ratios = ratios_of(results, ["dkplm"])
+    found = ratios["trelm", "eval/mlm_loss", "dkplm"]
+    assert found["time_ratio"] is None and found["at_start"] == 1
+    # A method that starts there while the baseline has a way to go needs no time, and no step
+    # whose time could be compared.
+    results = [result("dkplm", 1, [0.0, 0.2]), result("trelm", 1, [0.3, 0.3])]
+    _, ratios = ratios_of(results, ["dkplm"])
+    found = ratios["trelm", "eval/report_p1", "dkplm"]
+    assert (found["time_ratio"], found["steps_ratio"]) == (0.0, 0.0)
+    assert found["step_time_ratio"] is None and found["at_start"] == 0
+
+
+def test_the_better_baseline_is_chosen_for_each_metric_over_all_seeds():
+    results = [
+        result("dkplm", 1, [0.0, 0.3], loss=[9.0, 5.0]),
+        result("dkplm", 2, [0.0, 0.3], loss=[9.0, 5.0]),
+        result("dkplm-encoder", 1, [0.0, 0.4], loss=[9.0, 5.5]),
+        result("dkplm-encoder", 2, [0.0, 0.1], loss=[9.0, 5.5]),
+    ]
+    both = ["dkplm", "dkplm-encoder"]
+    assert better_baseline(results, both, P1) == "dkplm"
+    assert better_baseline(results, both, LOSS) == "dkplm"
+    assert better_baseline(results[2:], both, P1) == "dkplm-encoder"
+    assert better_baseline(results, both, Metric("eval/none", "")) is None
+    _, ratios = ratios_of(results, both)
+    assert ratios["dkplm", P1.key, "dkplm"]["headline"]
+    assert not ratios["dkplm", P1.key, "dkplm-encoder"]["headline"]
+    assert ratios["dkplm-encoder", P1.key, "dkplm"]["reached"] == 1
+
+
+def test_a_seed_without_its_baseline_has_no_row():
+    results = [result("dkplm", 1, [0.0, 0.2]), result("trelm", 2, [0.0, 0.2])]
+    rows, ratios = ratios_of(results, ["dkplm"])
+    assert {(r["method"], r["seed"]) for r in rows} == {("dkplm", 1)}
+    assert ("trelm", P1.key, "dkplm") not in ratios
+
+
+def test_equal_time_reads_every_arm_at_the_moment_the_baseline_ends():
+    results = [
+        result("dkplm", 1, [0.0, 0.1, 0.2], seconds=10.0),
+        result("fast", 1, [0.0, 0.2, 0.3], seconds=5.0),
+        result("slow", 1, [0.0, 0.2, 0.4], seconds=16.0),
+    ]
+    rows = {r["method"]: r for r in equal_time_rows(results, {P1.key: "dkplm"}, (P1,))}
+    assert rows["fast"]["value"] == 0.3 and rows["fast"]["ended"]
+    assert rows["slow"]["value"] == pytest.approx(0.25) and not rows["slow"]["ended"]
+    assert rows["dkplm"]["value"] == rows["dkplm"]["baseline_value"] == 0.2
+    assert rows["slow"]["time_s"] == 20.0

@@ -1,0 +1,117 @@
+"""``benchmark.py convergence`` and ``routing``: time of each arm to a baseline's quality."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from trelm_ds.benchmark.arms import load_table
+from trelm_ds.benchmark.options import add_study_arguments, declared_study, folder_of, made_equal
+from trelm_ds.benchmark.report import write_report
+from trelm_ds.benchmark.results import require_folder, write_result
+from trelm_ds.benchmark.study import Study
+from trelm_ds.benchmark.targets import (
+    METRICS,
+    better_baseline,
+    convergence_rows,
+    equal_time_rows,
+    paired_ratios,
+)
+from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from trelm_ds.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
+
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)  # small models from scratch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--methods",
+        "--arms",
+        nargs="+",
+        metavar="NAME",
+        help="arms or globs of them; default the study's (trelm_ds/benchmark/arms.yaml)",
+    )
+    parser.add_argument("--baselines", nargs="+", metavar="NAME", help="arms that set the targets")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.02,
+        help="share of its gain by which a baseline's final value is missed at the target",
+    )
+    add_study_arguments(parser, LEARNING_RATES)
+
+
+def run(args: argparse.Namespace, stop: StopRequest) -> int:
+    """Runs what is missing of the study, then writes its JSON and its report."""
+    table = load_table()
+    roles = table.studies[args.kind]
+    if not 0 <= args.tolerance < 1:
+        raise ConfigError(f"--tolerance {args.tolerance}: must be in [0, 1)")
+    arms = table.find(args.methods or roles.arms, roles.arms)
+    names = [arm.name for arm in arms]
+    baselines = args.baselines or [name for name in roles.baselines if name in names]
+    missing = [name for name in baselines if name not in names]
+    if missing or not baselines:
+        raise ConfigError(
+            f"the baseline {(missing or roles.baselines)[0]!r} is not among --methods: "
+            "add it, or name another with --baselines"
+        )
+    require_folder(args.json)
+    study = declared_study(args, arms)
+    for key in made_equal(study):
+        logger.warning("--set %s makes equal what the arms differ in", key)
+    if args.plan:
+        print("\n".join(study.plan()))
+        return EXIT_DONE
+    if not study.run(
+        stop,
+        parallel=args.parallel,
+        deepspeed=args.deepspeed,
+        keep_checkpoints=args.keep_checkpoints,
+    ):
+        logger.info("stopped; the same command goes on")
+        return EXIT_STOPPED
+    chosen, every = study.results()
+    headline = {m.key: better_baseline(chosen, baselines, m) for m in METRICS}
+    rows = convergence_rows(chosen, baselines, METRICS, args.tolerance)
+    path = args.json or folder_of(args) / f"{args.kind}.json"
+    result = write_result(
+        path,
+        args.kind,
+        rows,
+        ratios=paired_ratios(rows, headline),
+        equal_time=equal_time_rows(chosen, headline),
+        runs=[summary(run, study) for run in every + [r for r in chosen if r not in every]],
+        study=declaration(study) | {"baselines": baselines, "tolerance": args.tolerance},
+    )
+    logger.info("result  %s", path)
+    logger.info("report  %s", write_report(study.folder, result, chosen, roles))
+    return EXIT_DONE
+
+
+def summary(result: dict, study: Study) -> dict:
+    """A run as a row of the grid: everything but its curve."""
+    last = result["evaluations"][-1] if result["evaluations"] else {}
+    row = {key: value for key, value in result.items() if key != "evaluations"}
+    row["chosen"] = study.best_rates().get(result["arm"]) == result["learning_rate"]
+    return row | {key: value for key, value in last.items() if key.startswith("eval/")}
+
+
+def declaration(study: Study) -> dict:
+    """What was fixed before the first run."""
+    settings = {k: v for k, v in study.settings.items() if k != "data.data_dir"}
+    return {
+        "arms": {
+            arm.name: {"preset": arm.preset, "overrides": arm.overrides, "about": arm.about}
+            for arm in study.arms
+        },
+        "learning_rates": list(study.learning_rates),
+        "seeds": list(study.seeds),
+        "budget": {"steps": study.budget.steps, "hours": study.budget.hours},
+        "select_by": study.select_by,
+        "settings": settings,
+        "data": study.data_dir.name,
+        "dataset_id": study.dataset_id,
+    }

@@ -1,0 +1,100 @@
+"""Flags that every study has, and the study they declare."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from trelm_ds.arguments import add_config_flags, given_config_flags
+from trelm_ds.benchmark.arms import Arm
+from trelm_ds.benchmark.study import SELECT_BY, Budget, Study
+from trelm_ds.config import Config, parse_assignment
+from trelm_ds.errors import ConfigError
+from trelm_ds.pretrain import SAMPLE_DIR, ensure_sample
+
+# Keys that are the study's own, under flags of its own.
+OWN = {
+    *("output_dir", "max_steps", "max_hours", "learning_rate", "seed", "data_dir"),
+    *("resume_from_checkpoint", "report_to"),
+}
+
+
+def add_study_arguments(parser: argparse.ArgumentParser, learning_rates: Sequence[float]) -> None:
+    """The flags of a study; ``learning_rates`` is the default grid."""
+    parser.add_argument("--output_dir", type=Path, help="default outputs/benchmark/KIND")
+    parser.add_argument("--json", type=Path, help="result; default OUTPUT_DIR/KIND.json")
+    parser.add_argument(
+        "--data", "--data_dir", type=Path, help="prepared folder; default the embedded sample"
+    )
+    parser.add_argument("--budget", default="2400", help="of each run: steps, or hours as in 0.5h")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N; default 3")
+    parser.add_argument(
+        "--learning_rates",
+        type=float,
+        nargs="+",
+        default=list(learning_rates),
+        metavar="X",
+        help="grid of every arm, searched with the first seed",
+    )
+    parser.add_argument(
+        "--select_by", default=SELECT_BY, metavar="METRIC", help="chooses the learning rate"
+    )
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, each on own cores")
+    parser.add_argument("--deepspeed", type=Path, metavar="JSON", help="of every run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for every arm"
+    )
+    parser.add_argument("--keep_checkpoints", action="store_true", help="of finished runs")
+    parser.add_argument(
+        "--plan", "--dry_run", action="store_true", help="print the runs and their state, then exit"
+    )
+    add_config_flags(parser, OWN)
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    return args.output_dir or Path("outputs/benchmark") / args.kind
+
+
+def declared_study(args: argparse.Namespace, arms: Sequence[Arm]) -> Study:
+    """The study that the flags declare; writes the sample corpus where no data was named.
+
+    Raises:
+        ConfigError: a number out of range, the same rate or arm twice, or an unknown key.
+        DataError: the data folder is not one.
+    """
+    if args.seeds < 1:
+        raise ConfigError(f"--seeds {args.seeds}: must be at least 1")
+    rates = args.learning_rates
+    if len(set(rates)) < len(rates):
+        raise ConfigError("--learning_rates: a rate is named twice")
+    if args.deepspeed is not None and not args.deepspeed.is_file():
+        raise ConfigError(f"--deepspeed {args.deepspeed}: no such file")
+    assigned = dict(parse_assignment(text) for text in args.set)
+    for key in assigned:
+        if key.partition(".")[2] in OWN:
+            raise ConfigError(f"--set {key}: the study decides it, see --help")
+    settings = given_config_flags(args, OWN) | assigned
+    if args.data is None:
+        ensure_sample(Path(SAMPLE_DIR))
+    settings["data.data_dir"] = str(args.data or SAMPLE_DIR)
+    return Study(
+        folder_of(args),
+        arms,
+        rates,
+        list(range(1, args.seeds + 1)),
+        Budget.parse(args.budget),
+        settings,
+        args.select_by,
+    )
+
+
+def made_equal(study: Study) -> list[str]:
+    """Keys the study sets for every arm although the arms would differ in them."""
+    configs: list[Config] = [arm.config() for arm in study.arms]
+    found = []
+    for key in study.settings:
+        section, _, name = key.partition(".")
+        if len({repr(getattr(getattr(config, section), name)) for config in configs}) > 1:
+            found.append(key)
+    return found

@@ -1,0 +1,375 @@
+"""What a study says: REPORT.md, report.html and figures, from its JSON and the runs' curves."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trelm_ds.benchmark.arms import StudyPlan
+from trelm_ds.benchmark.document import Document
+from trelm_ds.benchmark.figures import COST_PARTS, plot_costs, plot_curves, plot_sweep
+from trelm_ds.benchmark.targets import METRICS, MLM_LOSS, Metric
+
+LOSS = METRICS[0]
+ACCURACIES = METRICS[1:]
+NOTHING = "–"
+
+
+def write_report(folder: Path, result: dict, chosen: Sequence[dict], roles: StudyPlan) -> Path:
+    """Writes the report of a ``convergence`` or ``routing`` study.
+
+    Args:
+        folder: the study's.
+        result: its JSON.
+        chosen: the runs at each arm's chosen learning rate, with their evaluations.
+        roles: which arms make the ablation table and the modules' figure.
+    Returns:
+        Path of ``REPORT.md``.
+    """
+    study = result["study"]
+    arms = [name for name in study["arms"] if any(r["arm"] == name for r in chosen)]
+    document = Document(f"{result['kind'].capitalize()} study on {study['data']}")
+    _say_conditions(document, result)
+    _say_ratios(document, result, arms)
+    _say_finals(document, chosen, arms, study)
+    _say_equal_time(document, result, arms)
+    _say_ablations(document, chosen, [arm for arm in roles.ablations if arm in arms])
+    figures = folder / "figures"
+    document.heading("Curves")
+    shown = ((LOSS,), "held-out MLM loss (after the paper's Fig. 4)", "loss")
+    by_time = ((METRICS[1], METRICS[2]), "P@1 (after the paper's Fig. 5)", "p1")
+    for metrics, label, name in (shown, by_time):
+        for by, against in (("time_s", "training clock"), ("step", "steps")):
+            path = figures / f"{name}_by_{'time' if by == 'time_s' else 'step'}.png"
+            if plot_curves(path, chosen, arms, metrics, by=by):
+                document.figure(path, f"{label} against {against}; one line a seed")
+    modules = [arm for arm in roles.modules if arm in arms]
+    if len(modules) > 1:
+        path = figures / "modules_by_time.png"
+        if plot_curves(path, chosen, modules, (LOSS, *METRICS[1:3])):
+            document.figure(path, "each module alone (after the paper's Fig. 6)")
+    _say_costs(document, chosen, arms, figures)
+    _say_grid(document, result["runs"], study)
+    _say_rules(document, study)
+    return document.write(folder)
+
+
+def write_sweep_report(folder: Path, result: dict) -> Path:
+    """Writes the report of a ``sweep``: one table, one figure."""
+    study = result["study"]
+    name, values = result["key"], result["values"]
+    document = Document(f"Sweep of {name} on {study['data']}")
+    _say_conditions(document, result)
+    metrics = [m for m in METRICS if any(row.get(m.key) is not None for row in result["rows"])]
+    rows = []
+    for value in values:
+        found = [row for row in result["rows"] if row["value"] == value]
+        rows.append(
+            [
+                str(value),
+                *(_spread([r.get(m.key) for r in found], _form(m)) for m in metrics),
+                _spread([_ms_per_step(r) for r in found], "{:.1f}".format),
+            ]
+        )
+    document.heading("Final scores")
+    document.table([name, *(m.label for m in metrics), "ms per step"], rows)
+    path = folder / "figures" / "sweep.png"
+    if plot_sweep(path, name, values, result["rows"], metrics):
+        document.figure(
+            path, f"final scores against {name}; dots are seeds, the line is their mean"
+        )
+    document.text(
+        "P@1 is of the reported facts, in percent. A value to be used as a setting is chosen by "
+        "eval/select_p1, which is in the JSON, of facts that are in no column here."
+    )
+    return document.write(folder)
+
+
+# -- parts --------------------------------------------------------------------------------------
+
+
+def _say_conditions(document: Document, result: dict) -> None:
+    study, hardware = result["study"], result["hardware"]
+    budget = study["budget"]
+    length = f"{budget['hours']:g} h of training clock" if budget["hours"] else ""
+    length = length or f"{budget['steps']} steps"
+    machine = f"{hardware.get('cpu')}, {hardware.get('cores')} cores"
+    if hardware.get("gpu"):
+        machine += f", {hardware.get('gpus')} x {hardware['gpu']}"
+    rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
+    document.table(
+        ["condition", "value"],
+        [
+            ["command", result["command"]],
+            ["commit", str(result["commit"])],
+            ["hardware", machine],
+            ["data", f"{study['data']} ({study['dataset_id'][:12]})"],
+            ["budget of a run", length],
+            ["learning rates, each arm's grid", rates],
+            ["chosen by", f"{study['select_by']} at the end of the first seed's run"],
+            ["seeds", ", ".join(map(str, study["seeds"]))],
+            ["settings of all arms", ", ".join(f"{k}={v}" for k, v in study["settings"].items())],
+        ],
+    )
+
+
+def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
+    study = result["study"]
+    document.heading("Time to target")
+    document.text(
+        "Time on the training clock to a baseline's final value less "
+        f"{study['tolerance']:.0%} of what it gained, over the baseline's own time to it: below 1 "
+        "is faster. Median of the pairs of equal seeds (lowest to highest). Evaluated without "
+        "injection and with lambda 0, on facts that no setting was chosen by."
+    )
+    head = {(r["method"], r["metric"]): r for r in result["ratios"] if r["headline"]}
+    metrics = [m for m in METRICS if any(metric == m.key for _, metric in head)]
+    against = {m: next(r["baseline"] for (_, k), r in head.items() if k == m.key) for m in metrics}
+    document.table(
+        ["method", *(f"{m.label} (vs {against[m]})" for m in metrics)],
+        [[arm, *(_ratio(head.get((arm, m.key))) for m in metrics)] for arm in arms],
+    )
+    document.text(
+        "Split into steps and time per step, for every baseline. `MLM loss then` is the held-out "
+        "loss at the moment the target was reached, and the baseline's at its own: facts bought "
+        "with text loss show here. `held`: the last evaluation is at the target too."
+    )
+    rows = []
+    for metric in METRICS:
+        for ratio in result["ratios"]:
+            if ratio["metric"] != metric.key or ratio["method"] == ratio["baseline"]:
+                continue
+            form = _form(metric)
+            rows.append(
+                [
+                    ratio["method"],
+                    metric.label,
+                    ratio["baseline"] + (" *" if ratio["headline"] else ""),
+                    form(ratio["target"]),
+                    _ratio(ratio),
+                    _number(ratio["steps_ratio"], "{:.2f}"),
+                    _number(ratio["step_time_ratio"], "{:.2f}"),
+                    f"{_number(ratio['mlm_loss'], '{:.3f}')} / "
+                    f"{_number(ratio['baseline_mlm_loss'], '{:.3f}')}",
+                    f"{ratio['reached']}/{ratio['pairs']}",
+                    f"{ratio['held']}/{ratio['pairs']}",
+                ]
+            )
+    document.table(
+        [
+            *("method", "metric", "baseline (* better one)", "target", "time ratio", "steps ratio"),
+            *("time per step ratio", "MLM loss then", "reached", "held"),
+        ],
+        rows,
+    )
+
+
+def _say_finals(document, chosen, arms, study) -> None:
+    document.heading("Final scores")
+    metrics = [m for m in METRICS if any(_final(r, m) is not None for r in chosen)]
+    rows = []
+    for arm in arms:
+        runs = [r for r in chosen if r["arm"] == arm]
+        rows.append(
+            [
+                arm,
+                f"{runs[0]['learning_rate']:g}",
+                *(_spread([_final(r, m) for r in runs], _form(m)) for m in metrics),
+                _spread([r["steps"] for r in runs], "{:.0f}".format),
+                _spread([r["time_s"] / 60 for r in runs], "{:.1f}".format),
+                study["arms"][arm]["about"],
+            ]
+        )
+    document.table(
+        ["method", "lr", *(m.label for m in metrics), "steps", "clock (min)", "what it is"], rows
+    )
+    failed = [r for r in chosen if r["status"] != "done"]
+    for run in failed:
+        document.text(f"{run['arm']} seed {run['seed']} {run['status']}: {run['failure']}")
+
+
+def _say_equal_time(document: Document, result: dict, arms: Sequence[str]) -> None:
+    rows = result["equal_time"]
+    if not rows:
+        return
+    document.heading("At equal time")
+    document.text(
+        "Scores at the moment when the better baseline of the same seed ends. `early`: the arm's "
+        "run had ended by then and its final value stands; an arm that was still under way had "
+        "part of its learning-rate decay ahead of it. A budget in hours gives each arm a whole "
+        "schedule in the same time."
+    )
+    metrics = [m for m in METRICS if any(r["metric"] == m.key for r in rows)]
+    body = []
+    for arm in arms:
+        found = {
+            m: [r for r in rows if r["method"] == arm and r["metric"] == m.key] for m in metrics
+        }
+        early = sum(r["ended"] for r in found[metrics[0]])
+        body.append(
+            [
+                arm,
+                *(_spread([r["value"] for r in found[m]], _form(m)) for m in metrics),
+                f"{early}/{len(found[metrics[0]])}",
+            ]
+        )
+    document.table(["method", *(m.label for m in metrics), "early"], body)
+
+
+def _say_ablations(document: Document, chosen: Sequence[dict], arms: Sequence[str]) -> None:
+    """The table after the paper's Table 6: the whole, and what each part's absence changes."""
+    if len(arms) < 2:
+        return
+    document.heading("Ablations (after the paper's Table 6)")
+    metrics = [m for m in METRICS if any(_final(r, m) is not None for r in chosen)]
+    rows = []
+    full: dict[Metric, float | None] = {}
+    for arm in arms:
+        runs = [r for r in chosen if r["arm"] == arm]
+        means = {m: _mean([_final(r, m) for r in runs]) for m in metrics}
+        full = full or means
+        cells = []
+        for metric in metrics:
+            cell = _number(means[metric], _form(metric))
+            if arm != arms[0] and None not in (means[metric], full[metric]):
+                scale = 1 if metric.key == MLM_LOSS else 100
+                cell += f" ({scale * (means[metric] - full[metric]):+.2f})"
+            cells.append(cell)
+        rows.append([arm, *cells])
+    document.table(["method", *(m.label for m in metrics)], rows)
+
+
+def _ms_per_step(run: dict) -> float | None:
+    """Milliseconds of a steady step; the whole clock's mean where no interval was logged."""
+    seconds = run.get("cost", {}).get("throughput/step_s")
+    if seconds is None and run["steps"]:
+        seconds = run["time_s"] / run["steps"]
+    return None if seconds is None else 1e3 * seconds
+
+
+def _say_costs(document, chosen, arms, figures: Path) -> None:
+    costs, rows = {}, []
+    for arm in arms:
+        runs = [r for r in chosen if r["arm"] == arm and r["cost"]]
+        if not runs:
+            continue
+        parts = {}
+        for part in COST_PARTS:
+            seconds = _mean([r["cost"].get(f"time/{part}_s") for r in runs])
+            if seconds is not None:
+                parts[part] = 1e3 * seconds
+        step = _mean([_ms_per_step(r) for r in runs])
+        parts["other"] = max(0.0, step - sum(parts.values()))
+        costs[arm] = parts
+        peak = _mean([r["peak_memory_gib"] for r in runs])
+        kept = _mean([r["kept_fraction"] for r in runs])
+        rows.append((arm, step, parts, peak, kept))
+    if not costs:
+        return
+    document.heading("Cost of a step")
+    names = list(dict.fromkeys(part for cost in costs.values() for part in cost))
+    document.table(
+        ["method", "ms per step", *names, "peak memory (GiB)", "FFN kept"],
+        [
+            [
+                arm,
+                f"{step:.1f}",
+                *(_number(parts.get(name), "{:.1f}") for name in names),
+                _number(peak, "{:.2f}"),
+                _number(kept, "{:.1%}"),
+            ]
+            for arm, step, parts, peak, kept in rows
+        ],
+    )
+    path = figures / "costs.png"
+    plot_costs(path, costs)
+    document.figure(path, "where a step's time goes, mean over the logged intervals but the first")
+
+
+def _say_grid(document: Document, runs: Sequence[dict], study: dict) -> None:
+    if len(study["learning_rates"]) < 2:
+        return
+    document.heading("Learning rates")
+    key = study["select_by"]
+    document.text(
+        f"First seed, by {key} / held-out MLM loss at the end; the chosen one in brackets."
+    )
+    rows = []
+    for arm in study["arms"]:
+        cells = []
+        for rate in study["learning_rates"]:
+            run = next(
+                r
+                for r in runs
+                if (r["arm"], r["learning_rate"], r["seed"]) == (arm, rate, study["seeds"][0])
+            )
+            cell = f"{_number(run.get(key), '{:.4f}')} / {_number(run.get(MLM_LOSS), '{:.3f}')}"
+            cell = cell if run["status"] == "done" else run["status"]
+            cells.append(f"[{cell}]" if run["chosen"] else cell)
+        rows.append([arm, *cells])
+    document.table(["method", *(f"{rate:g}" for rate in study["learning_rates"])], rows)
+
+
+def _say_rules(document: Document, study: dict) -> None:
+    document.heading("How to read this")
+    document.text(
+        "Every arm: the same data order, negatives, seeds, budget, schedule and grid, through the "
+        "same training loop on the same machine, runs of different arms taking turns. The clock "
+        "holds attribution, memory bank and data loading, not evaluation, checkpoints or the "
+        "scoring of mentions before training. A quarter of the probe's facts chose the learning "
+        "rates and is in no score here. P@1 is in percent, macro over relations. Times compare "
+        "the arms of this table with each other, not with other machines."
+    )
+
+
+# -- cells --------------------------------------------------------------------------------------
+
+
+def _form(metric: Metric) -> Callable[[float], str]:
+    """Losses in nats, accuracies in percent."""
+    if metric.key == MLM_LOSS:
+        return "{:.3f}".format
+    return lambda value: f"{100 * value:.1f}"
+
+
+def _number(value: float | None, form: str | Callable[[float], str]) -> str:
+    if value is None:
+        return NOTHING
+    return form.format(value) if isinstance(form, str) else form(value)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return statistics.fmean(found) if found else None
+
+
+def _spread(values: Sequence[float | None], form: Callable[[float], str]) -> str:
+    """``mean (lowest to highest)``, the bracket only where there is a spread."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return NOTHING
+    low, high, mean = form(min(found)), form(max(found)), form(statistics.fmean(found))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _ratio(row: dict | None) -> str:
+    if row is None:
+        return NOTHING
+    if row["at_start"] == row["pairs"]:
+        return "held from the start"
+    if row["time_ratio"] is None:
+        return f"not reached ({row['reached']}/{row['pairs']})"
+    cell = f"{row['time_ratio']:.2f}"
+    if row["low"] != row["high"]:
+        cell += f" ({row['low']:.2f} to {_number(row['high'], '{:.2f}')})"
+    if row["reached"] < row["pairs"]:
+        cell += f", reached {row['reached']}/{row['pairs']}"
+    return cell
+
+
+def _final(run: dict, metric: Metric) -> float | None:
+    for row in reversed(run["evaluations"]):
+        if row.get(metric.key) is not None:
+            return row[metric.key]
+    return None

@@ -1,0 +1,237 @@
+"""A study: arms x learning rates x seeds, declared first, run in a fixed order, restartable.
+
+The same grid, budget and schedule rule hold for every arm. The grid is searched with the first seed
+alone; the rate that is best by the declared metric, on facts that are never reported, is the arm's
+for the other seeds. Everything that was run is reported.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trelm_ds.benchmark.arms import Arm
+from trelm_ds.benchmark.results import write_json
+from trelm_ds.benchmark.runner import Run, Runner
+from trelm_ds.data.shards import load_manifest
+from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
+
+SELECT_BY = "eval/select_p1"
+LOWER_IS_BETTER = ("eval/mlm_loss",)
+EVALUATIONS = 24  # of a run of so many steps, unless --eval_steps says otherwise
+MANY_STEPS = 10**8  # of a run whose budget is in hours: never the limit
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long every run is: optimizer steps, or hours of training clock."""
+
+    steps: int | None = None
+    hours: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """``2000`` is steps; ``0.5h``, ``30m`` and ``1800s`` are training clock.
+
+        Raises:
+            ConfigError: anything else, or nothing positive.
+        """
+        units = {"h": 1.0, "m": 1 / 60, "s": 1 / 3600}
+        try:
+            if text[-1:] in units:
+                found = cls(hours=float(text[:-1]) * units[text[-1]])
+            else:
+                found = cls(steps=int(text))
+        except ValueError:
+            raise ConfigError(f"--budget {text}: expected steps, or hours as in 0.5h") from None
+        size = found.steps if found.hours is None else found.hours
+        if not (math.isfinite(size) and size > 0):
+            raise ConfigError(f"--budget {text}: must be positive")
+        return found
+
+    def keys(self) -> dict[str, object]:
+        """The configuration keys that make a run this long."""
+        if self.hours is not None:
+            # The schedules count the larger of the two shares, here always that of the clock.
+            return {"train.max_hours": self.hours, "train.max_steps": MANY_STEPS}
+        return {
+            "train.max_steps": self.steps,
+            "train.eval_steps": max(1, self.steps // EVALUATIONS),
+        }
+
+
+@dataclass
+class Study:
+    """Declared runs and what became of them.
+
+    Attributes:
+        folder: ``runs/ARM/lr_X/seed_S`` lie in it.
+        arms: what is compared.
+        learning_rates: the grid, the same for each arm.
+        seeds: the first one searches the grid.
+        budget: of every run.
+        settings: flat configuration keys for every run, over the arms'.
+        select_by: metric that chooses the learning rate.
+    """
+
+    folder: Path
+    arms: Sequence[Arm]
+    learning_rates: Sequence[float]
+    seeds: Sequence[int]
+    budget: Budget
+    settings: dict[str, object] = field(default_factory=dict)
+    select_by: str = SELECT_BY
+
+    def __post_init__(self):
+        self.data_dir = Path(str(self.settings.get("data.data_dir")))
+        self.dataset_id = load_manifest(self.data_dir)["dataset_id"]
+        probes = any((self.data_dir / "probe").glob("*.jsonl"))
+        if not probes and self.select_by != "eval/mlm_loss":
+            raise DataError(
+                f"{self.data_dir} has no probe files to choose settings by: "
+                "use --select_by eval/mlm_loss"
+            )
+        for arm in self.arms:
+            self.declare(arm, self.learning_rates[0], self.seeds[0])
+
+    def declare(self, arm: Arm, learning_rate: float, seed: int) -> Run:
+        config = arm.config(
+            {"train.export": False},
+            self.budget.keys(),
+            self.settings,
+            {"train.learning_rate": learning_rate, "train.seed": seed},
+        )
+        folder = self.folder / "runs" / arm.name / f"lr_{learning_rate:g}" / f"seed_{seed}"
+        return Run(arm.name, learning_rate, seed, config, folder)
+
+    def grid(self) -> list[Run]:
+        """The runs of the first seed, arms inside: what is compared runs close in time."""
+        return [
+            self.declare(arm, rate, self.seeds[0])
+            for rate in self.learning_rates
+            for arm in self.arms
+        ]
+
+    def best_rates(self) -> dict[str, float]:
+        """Each arm's learning rate by ``select_by`` at the end of its first seed's runs.
+
+        Ties go to the lower held-out MLM loss, then to the smaller rate; a rate at which the arm
+        diverged is out, and so is an arm that diverged at all of them.
+        """
+        best = {}
+        for arm in self.arms:
+            scored = []
+            for rate in self.learning_rates:
+                result = self.declare(arm, rate, self.seeds[0]).result()
+                if result["status"] == "done":
+                    scored.append((*self._score(result), rate))
+            if scored:
+                best[arm.name] = min(scored)[-1]
+            else:
+                logger.warning("%s diverged at every learning rate of the grid", arm.name)
+        return best
+
+    def _score(self, result: dict) -> tuple[float, float]:
+        """Sort key of a run, smaller is better."""
+        last = result["evaluations"][-1] if result["evaluations"] else {}
+        value, loss = last.get(self.select_by), last.get("eval/mlm_loss")
+        if value is None:
+            raise ConfigError(
+                f"{result['arm']}: its last evaluation has no {self.select_by} to select by; "
+                f"it has {', '.join(k for k in last if k.startswith('eval/')) or 'none'}"
+            )
+        sign = 1.0 if self.select_by in LOWER_IS_BETTER else -1.0
+        return sign * value, math.inf if loss is None else loss
+
+    def rest(self) -> list[Run]:
+        """The other seeds at each arm's best rate, seed after seed, arms inside."""
+        best = self.best_rates()
+        return [
+            self.declare(arm, best[arm.name], seed)
+            for seed in self.seeds[1:]
+            for arm in self.arms
+            if arm.name in best
+        ]
+
+    def plan(self) -> list[str]:
+        """One line a run that is known already, and how many follow."""
+        lines = [f"{run.state:9} {run.name}" for run in self.grid()]
+        if all(run.state == "finished" for run in self.grid()):
+            return lines + [f"{run.state:9} {run.name}" for run in self.rest()]
+        more = (len(self.seeds) - 1) * len(self.arms)
+        return lines + [f"then {more} more: each arm's best rate with seeds {self.seeds[1:]}"]
+
+    def run(
+        self,
+        stop: StopRequest,
+        *,
+        parallel: int = 1,
+        deepspeed: Path | None = None,
+        keep_checkpoints: bool = False,
+    ) -> bool:
+        """Runs what is not finished; False when it was stopped on request.
+
+        Raises:
+            ConfigError: another process is at work in the folder, the folder's study is of other
+                data, or a run refuses its settings.
+            RunFailed: a run ended with an error.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    f"{self.folder} is in use: another study, or a run it left behind, works there"
+                ) from None
+            self._check_data()
+            runner = Runner(
+                parallel, stop, deepspeed=deepspeed, keep_checkpoints=keep_checkpoints, lock=lock
+            )
+            grid, more = self.grid(), (len(self.seeds) - 1) * len(self.arms)
+            if not self._score_mentions(runner):
+                return False
+            return runner.run(grid, later=more) and runner.run(self.rest())
+
+    def _check_data(self) -> None:
+        path = self.folder / "study.json"
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))["dataset_id"]
+            if found != self.dataset_id:
+                raise ConfigError(
+                    f"{self.folder} holds a study of other data: choose another --output_dir"
+                )
+        else:
+            write_json(path, {"dataset_id": self.dataset_id})
+
+    def _score_mentions(self, runner: Runner) -> bool:
+        """Scores the corpus's mentions (Eq. 1) before the first run, where nobody has yet.
+
+        The first run that needs the scores would write them: then that run alone would pay, and
+        two runs at a time would both write.
+        """
+        if (self.data_dir / "tables" / "importance.json").exists():
+            return True
+        arm = Arm("scoring", "dkplm")
+        run = self.declare(arm, self.learning_rates[0], self.seeds[0])
+        train = {"train.max_steps": 1, "train.eval_steps": 0, "train.max_hours": None}
+        config = arm.config(self.settings, train)
+        return runner.run([Run(run.arm, run.learning_rate, run.seed, config, run.folder)], later=0)
+
+    # -- what the runs say ----------------------------------------------------------------------
+
+    def results(self) -> tuple[list[dict], list[dict]]:
+        """Results of the finished runs: those at each arm's chosen rate, and the whole grid's."""
+        every = [run.result() for run in self.grid()]
+        best = self.best_rates()
+        chosen = [r for r in every if best.get(r["arm"]) == r["learning_rate"]]
+        chosen += [run.result() for run in self.rest()]
+        return chosen, every

@@ -1,0 +1,286 @@
+"""Time to target: when a curve reaches a value, and how that compares with a baseline's run.
+
+Curves are the raw evaluations, joined by straight lines in steps and in time. A target is reached
+at the first crossing. The running best would cross in the same interval but never later, because it
+replaces a low evaluation by an older, luckier one; so the raw curve is the stricter of the two, and
+it is what was measured. A crossing may still be luck: ``held`` says whether the run's last
+evaluation is at the target too.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MLM_LOSS = "eval/mlm_loss"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of ``metrics.jsonl`` that targets are set for."""
+
+    key: str
+    label: str
+    higher_is_better: bool = True
+
+
+# P@1 of the facts that no setting was chosen by.
+METRICS = (
+    Metric(MLM_LOSS, "held-out MLM loss", higher_is_better=False),
+    Metric("eval/report_p1", "P@1 all"),
+    Metric("eval/report_p1_tail", "P@1 long tail"),
+    Metric("eval/report_p1_graph_only", "P@1 graph-only"),
+    Metric("eval/report_p1_template", "P@1 templates"),
+    Metric("eval/report_p1_context", "P@1 held-out sentences"),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluation, or a point between two of them."""
+
+    step: float
+    time_s: float
+    value: float
+
+
+def curve(evaluations: Sequence[dict], key: str) -> list[Point]:
+    """The evaluations that have ``key``, by step; of two at one step the later one counts."""
+    found = {}
+    for row in evaluations:
+        value = row.get(key)
+        if value is not None and math.isfinite(value):
+            found[row["step"]] = Point(row["step"], row["time_s"], value)
+    return [found[step] for step in sorted(found)]
+
+
+def target_of(points: Sequence[Point], metric: Metric, tolerance: float) -> float:
+    """A baseline's converged value less ``tolerance`` of what it gained over its start.
+
+    Relative to the gain, one number serves losses and accuracies alike. Where the run ended worse
+    than it started, the tolerance still lowers the bar.
+    """
+    slack = tolerance * abs(points[-1].value - points[0].value)
+    return points[-1].value - slack if metric.higher_is_better else points[-1].value + slack
+
+
+def reach(points: Sequence[Point], target: float, higher_is_better: bool) -> Point | None:
+    """Where the curve first is at the target; None if it never is.
+
+    A curve that starts there reaches it at its first evaluation.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    before = None
+    for point in points:
+        if sign * point.value >= sign * target:
+            if before is None or point.value == target:
+                return Point(point.step, point.time_s, point.value)
+            return between(before, point, (target - before.value) / (point.value - before.value))
+        before = point
+    return None
+
+
+def between(a: Point, b: Point, share: float) -> Point:
+    """The point at ``share`` of the way from ``a`` to ``b``."""
+    return Point(
+        a.step + share * (b.step - a.step),
+        a.time_s + share * (b.time_s - a.time_s),
+        a.value + share * (b.value - a.value),
+    )
+
+
+def at_time(points: Sequence[Point], time_s: float) -> Point | None:
+    """The curve at a moment of the training clock; its last point when it ended before."""
+    before = None
+    for point in points:
+        if point.time_s >= time_s:
+            if before is None or point.time_s == before.time_s:
+                return point
+            return between(before, point, (time_s - before.time_s) / (point.time_s - before.time_s))
+        before = point
+    return before
+
+
+def better_baseline(
+    results: Sequence[dict], baselines: Sequence[str], metric: Metric
+) -> str | None:
+    """The baseline with the best mean final value over seeds; None where none was measured."""
+    finals: dict[str, list[float]] = {}
+    for result in results:
+        points = curve(result["evaluations"], metric.key)
+        if result["arm"] in baselines and points:
+            finals.setdefault(result["arm"], []).append(points[-1].value)
+    if not finals:
+        return None
+    sign = 1.0 if metric.higher_is_better else -1.0
+    return max(finals, key=lambda arm: sign * statistics.fmean(finals[arm]))
+
+
+def convergence_rows(
+    results: Sequence[dict],
+    baselines: Sequence[str],
+    metrics: Sequence[Metric] = METRICS,
+    tolerance: float = 0.02,
+) -> list[dict]:
+    """One row for each method, seed, metric and baseline that has a run of that seed.
+
+    The target is that of the same seed's baseline: the pair shares its data order, and the
+    baseline always reaches its own target, so that every ratio has a denominator.
+
+    Args:
+        results: finished runs at their arms' chosen rates (``runner.collect``).
+        baselines: arms that set targets.
+        metrics: what targets are set for.
+        tolerance: see ``target_of``.
+    Returns:
+        Rows with ``method``, ``seed``, ``metric``, ``baseline``, ``target``, ``reached``,
+        ``time_s``, ``steps``, ``held``, ``mlm_loss`` (at that moment), ``final`` and
+        ``learning_rate``; where the target was not reached, ``time_s``, ``steps``, ``held`` and
+        ``mlm_loss`` are None.
+    """
+    done = {(r["arm"], r["seed"]): r for r in results}
+    rows = []
+    for metric in metrics:
+        for baseline in baselines:
+            for (arm, seed), result in done.items():
+                own = done.get((baseline, seed))
+                points = curve(result["evaluations"], metric.key)
+                reference = curve(own["evaluations"], metric.key) if own else []
+                if not points or not reference:
+                    continue
+                target = target_of(reference, metric, tolerance)
+                crossing = reach(points, target, metric.higher_is_better)
+                sign = 1.0 if metric.higher_is_better else -1.0
+                loss = None
+                if crossing is not None:
+                    loss = at_time(curve(result["evaluations"], MLM_LOSS), crossing.time_s)
+                rows.append(
+                    {
+                        "method": arm,
+                        "seed": seed,
+                        "metric": metric.key,
+                        "baseline": baseline,
+                        "target": target,
+                        "reached": crossing is not None,
+                        "time_s": crossing and crossing.time_s,
+                        "steps": crossing and crossing.step,
+                        "held": crossing and sign * points[-1].value >= sign * target,
+                        "mlm_loss": loss and loss.value,
+                        "final": points[-1].value,
+                        "learning_rate": result["learning_rate"],
+                    }
+                )
+    return rows
+
+
+def paired_ratios(rows: Sequence[dict], headline: dict[str, str | None]) -> list[dict]:
+    """Ratios of a method's time and steps to target to the baseline's of the same seed.
+
+    ``time_ratio = steps_ratio * step_time_ratio`` holds for each pair. The median over seeds counts
+    a seed that did not reach the target as infinitely slow: leaving it out would make a method
+    better by failing. None is "not reached by half of the seeds or more" (``high``: by at least
+    one), or, with ``at_start``, that the baseline has nothing to reach: it starts at its target.
+
+    Args:
+        rows: of ``convergence_rows``.
+        headline: metric to the better baseline.
+    Returns:
+        Rows with ``method``, ``baseline``, ``metric``, ``target``, ``time_ratio``, ``low``,
+        ``high``, ``steps_ratio``, ``step_time_ratio``, ``mlm_loss``, ``baseline_mlm_loss``,
+        ``pairs``, ``reached``, ``held``, ``at_start``, ``headline``.
+    """
+    by_key = {(r["method"], r["seed"], r["metric"], r["baseline"]): r for r in rows}
+    groups: dict[tuple, list[tuple[dict, dict]]] = {}
+    for row in rows:
+        own = by_key.get((row["baseline"], row["seed"], row["metric"], row["baseline"]))
+        if own is not None:
+            key = (row["metric"], row["baseline"], row["method"])
+            groups.setdefault(key, []).append((row, own))
+    found = []
+    for (metric, baseline, method), pairs in groups.items():
+        ratios = [_pair(row, own) for row, own in pairs]
+        usable = [ratio for ratio in ratios if ratio is not None]
+        times = [ratio[0] for ratio in usable]
+        found.append(
+            {
+                "method": method,
+                "baseline": baseline,
+                "metric": metric,
+                "target": statistics.median(row["target"] for row, _ in pairs),
+                "time_ratio": _median(times),
+                "low": _finite(min(times, default=math.inf)),
+                "high": _finite(max(times, default=math.inf)),
+                "steps_ratio": _median([ratio[1] for ratio in usable]),
+                "step_time_ratio": _median([r[2] for r in usable if r[2] is not None]),
+                "mlm_loss": _median([r["mlm_loss"] for r, _ in pairs if r["mlm_loss"] is not None]),
+                "baseline_mlm_loss": _median(
+                    [own["mlm_loss"] for _, own in pairs if own["mlm_loss"] is not None]
+                ),
+                "pairs": len(pairs),
+                "reached": sum(row["reached"] for row, _ in pairs),
+                "held": sum(bool(row["held"]) for row, _ in pairs),
+                "at_start": sum(ratio is None for ratio in ratios),
+                "headline": headline.get(metric) == baseline,
+            }
+        )
+    return found
+
+
+def _pair(row: dict, own: dict) -> tuple[float, float, float | None] | None:
+    """(time, steps, time per step) of a run over those of its baseline.
+
+    None where the baseline has nothing to reach; infinite where the run never does; the last is
+    None where the run starts at the target or never reaches it: there is no step to time.
+    """
+    if not own["reached"] or own["steps"] == 0 or own["time_s"] == 0:
+        return None
+    if not row["reached"]:
+        return math.inf, math.inf, None
+    time_ratio, steps_ratio = row["time_s"] / own["time_s"], row["steps"] / own["steps"]
+    return time_ratio, steps_ratio, time_ratio / steps_ratio if steps_ratio > 0 else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _median(values: Sequence[float]) -> float | None:
+    """The median; None without values, or where an infinite one takes part in it."""
+    return _finite(statistics.median(values)) if values else None
+
+
+def equal_time_rows(
+    results: Sequence[dict], headline: dict[str, str | None], metrics: Sequence[Metric] = METRICS
+) -> list[dict]:
+    """Every arm's scores at the moment when the same seed's headline baseline ends.
+
+    Returns:
+        Rows with ``method``, ``seed``, ``metric``, ``baseline``, ``time_s``, ``value``,
+        ``baseline_value``, ``ended`` (the run was over by then: its schedule had more of its
+        decay behind it than one that was cut off there).
+    """
+    done = {(r["arm"], r["seed"]): r for r in results}
+    rows = []
+    for metric in metrics:
+        for (arm, seed), result in done.items():
+            own = done.get((headline.get(metric.key), seed))
+            points = curve(result["evaluations"], metric.key)
+            reference = curve(own["evaluations"], metric.key) if own else []
+            if not points or not reference:
+                continue
+            moment = reference[-1].time_s
+            rows.append(
+                {
+                    "method": arm,
+                    "seed": seed,
+                    "metric": metric.key,
+                    "baseline": own["arm"],
+                    "time_s": moment,
+                    "value": at_time(points, moment).value,
+                    "baseline_value": reference[-1].value,
+                    "ended": points[-1].time_s <= moment,
+                }
+            )
+    return rows
