@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trelm_ds.benchmark.targets import Metric, curve
 
+# `time/*` of metrics.jsonl that follow each other in a step, so that they add up.
 COST_PARTS = ("forward", "backward", "optimizer", "bank", "attribution", "communication")
 
 
@@ -31,8 +32,9 @@ def _save(figure, path: Path) -> Path:
 
 
 def _style(number: int) -> dict:
-    """Twenty colours, then the same ones dashed, then dotted."""
-    colours = _pyplot().get_cmap("tab20").colors
+    """Twenty colours, the strong ones first, then the same ones dashed, then dotted."""
+    pairs = _pyplot().get_cmap("tab20").colors
+    colours = pairs[::2] + pairs[1::2]
     return {
         "color": colours[number % len(colours)],
         "linestyle": ("-", "--", ":")[number // len(colours) % 3],
@@ -80,7 +82,7 @@ def plot_curves(
             x = [p.time_s / 60 if by == "time_s" else p.step for p in points]
             label = None if arm in named else arm
             named.add(arm)
-            y = [p.value for p in points]
+            y = [metric.scale * p.value for p in points]
             axis.plot(x, y, label=label, linewidth=1.3, alpha=0.8, **_style(number))
         axis.set_title(metric.label, fontsize=10)
         axis.set_xlabel("training clock (min)" if by == "time_s" else "step")
@@ -89,19 +91,17 @@ def plot_curves(
     return _save(figure, path)
 
 
-def plot_costs(path: Path, costs: dict[str, dict[str, float]]) -> Path | None:
-    """Seconds per step of each arm by part, as stacked bars.
+def plot_costs(path: Path, costs: dict[str, dict[str, float]], parts: Sequence[str]) -> Path:
+    """Milliseconds per step of each arm by part, as stacked bars.
 
     Args:
         path: PNG to write.
         costs: arm -> {part: milliseconds}, in the order of the bars.
+        parts: from left to right.
     """
-    if not costs:
-        return None
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(8, 0.32 * len(costs) + 1.4))
     left = [0.0] * len(costs)
-    parts = list(dict.fromkeys(part for cost in costs.values() for part in cost))
     for number, part in enumerate(parts):
         widths = [cost.get(part, 0.0) for cost in costs.values()]
         axis.barh(list(costs), widths, left=left, label=part, **{"color": _style(number)["color"]})
@@ -128,7 +128,7 @@ def plot_sweep(
         means = []
         for place, value in enumerate(values):
             found = [
-                row[metric.key]
+                metric.scale * row[metric.key]
                 for row in rows
                 if row["value"] == value and row.get(metric.key) is not None
             ]

@@ -233,8 +233,7 @@ def _say_ablations(document: Document, chosen: Sequence[dict], arms: Sequence[st
         for metric in metrics:
             cell = _number(means[metric], _form(metric))
             if arm != arms[0] and None not in (means[metric], full[metric]):
-                scale = 1 if metric.key == MLM_LOSS else 100
-                cell += f" ({scale * (means[metric] - full[metric]):+.2f})"
+                cell += f" ({metric.scale * (means[metric] - full[metric]):+.2f})"
             cells.append(cell)
         rows.append([arm, *cells])
     document.table(["method", *(m.label for m in metrics)], rows)
@@ -260,6 +259,7 @@ def _say_costs(document, chosen, arms, figures: Path) -> None:
             if seconds is not None:
                 parts[part] = 1e3 * seconds
         step = _mean([_ms_per_step(r) for r in runs])
+        parts["data"] = step * (_mean([r["cost"].get("data/wait_fraction") for r in runs]) or 0.0)
         parts["other"] = max(0.0, step - sum(parts.values()))
         costs[arm] = parts
         peak = _mean([r["peak_memory_gib"] for r in runs])
@@ -268,7 +268,7 @@ def _say_costs(document, chosen, arms, figures: Path) -> None:
     if not costs:
         return
     document.heading("Cost of a step")
-    names = list(dict.fromkeys(part for cost in costs.values() for part in cost))
+    names = [n for n in (*COST_PARTS, "data", "other") if any(n in cost for cost in costs.values())]
     document.table(
         ["method", "ms per step", *names, "peak memory (GiB)", "FFN kept"],
         [
@@ -283,7 +283,7 @@ def _say_costs(document, chosen, arms, figures: Path) -> None:
         ],
     )
     path = figures / "costs.png"
-    plot_costs(path, costs)
+    plot_costs(path, costs, names)
     document.figure(path, "where a step's time goes, mean over the logged intervals but the first")
 
 

@@ -310,7 +310,8 @@ def collect(run: Run, failure: str | None = None) -> dict:
     last = max(history, key=lambda row: row["step"], default={"step": 0, "time_s": 0.0})
     cost = {}
     if steady:
-        keys = [key for key in steady[0] if key.startswith("time/")] + ["throughput/step_s"]
+        keys = [key for key in steady[0] if key.startswith("time/")]
+        keys += ["throughput/step_s", "data/wait_fraction"]
         for key in keys:
             values = [row[key] for row in steady if row.get(key) is not None]
             cost[key] = sum(values) / len(values) if values else None

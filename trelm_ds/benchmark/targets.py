@@ -25,6 +25,11 @@ class Metric:
     label: str
     higher_is_better: bool = True
 
+    @property
+    def scale(self) -> int:
+        """Factor for readers: accuracies are shown in percent."""
+        return 100 if self.higher_is_better else 1
+
 
 # P@1 of the facts that no setting was chosen by.
 METRICS = (

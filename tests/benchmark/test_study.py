@@ -1,0 +1,236 @@
+"""Studies over a stand-in for the trainer: order, choice of the rate, restarts, failures."""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny_corpus import write_tiny_corpus
+
+from trelm_ds.benchmark import runner
+from trelm_ds.benchmark.arms import Arm
+from trelm_ds.benchmark.runner import RunFailed, slots
+from trelm_ds.benchmark.study import MANY_STEPS, Budget, Study
+from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.stopping import StopRequest
+
+ARMS = [Arm("a", "dkplm"), Arm("b", "mlm")]
+
+
+@pytest.fixture
+def starts(tmp_path, monkeypatch):
+    """The stand-in takes the trainer's place; returns what was started, in order."""
+    monkeypatch.setattr(runner, "SCRIPT", Path(__file__).with_name("fake_pretrain.py"))
+    monkeypatch.setattr(runner, "POLL_S", 0.02)
+    monkeypatch.setenv("FAKE_STARTS", str(tmp_path / "starts"))
+    monkeypatch.setenv("FAKE_STEP_S", "0")
+    folder = tmp_path / "study" / "runs"
+
+    def read():
+        lines = (tmp_path / "starts").read_text().splitlines()
+        return [Path(line).relative_to(folder).as_posix() for line in lines]
+
+    return read
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    write_tiny_corpus(folder, train=8, heldout=4)
+    (folder / "tables" / "importance.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path, data, starts):
+    def build(rates=(0.001, 0.002), seeds=(1, 2), arms=ARMS, steps=4, **settings):
+        flat = {key.replace("__", "."): value for key, value in settings.items()}
+        flat["data.data_dir"] = str(data)
+        return Study(tmp_path / "study", arms, rates, seeds, Budget(steps=steps), flat)
+
+    return build
+
+
+def test_the_grid_is_searched_with_one_seed_and_the_best_rate_gets_the_others(study, starts):
+    declared = study()
+    assert [line.split()[0] for line in declared.plan()] == ["new"] * 4 + ["then"]
+    assert declared.run(StopRequest())
+    assert starts() == [
+        "a/lr_0.001/seed_1",
+        "b/lr_0.001/seed_1",
+        "a/lr_0.002/seed_1",
+        "b/lr_0.002/seed_1",
+        "a/lr_0.002/seed_2",
+        "b/lr_0.002/seed_2",
+    ]
+    chosen, grid = declared.results()
+    assert [(r["arm"], r["learning_rate"], r["seed"]) for r in chosen] == [
+        ("a", 0.002, 1),
+        ("b", 0.002, 1),
+        ("a", 0.002, 2),
+        ("b", 0.002, 2),
+    ]
+    assert len(grid) == 4
+    assert [row["step"] for row in chosen[0]["evaluations"]] == [0, 1, 2, 3, 4]
+    assert (chosen[0]["steps"], chosen[0]["time_s"], chosen[0]["preset"]) == (4, 2.0, "dkplm")
+    assert not list(declared.folder.rglob("checkpoints"))  # of finished runs
+
+
+def test_a_finished_study_starts_nothing_and_a_larger_one_only_what_is_new(study, starts):
+    assert study().run(StopRequest())
+    before = len(starts())
+    assert study().run(StopRequest())
+    assert len(starts()) == before
+    assert all(line.startswith("finished") for line in study().plan())
+    assert study(seeds=(1, 2, 3), arms=[*ARMS, Arm("c", "trelm")]).run(StopRequest())
+    new = starts()[before:]
+    assert sorted(new) == sorted(
+        ["a/lr_0.002/seed_3", "b/lr_0.002/seed_3", "c/lr_0.001/seed_1", "c/lr_0.002/seed_1"]
+        + ["c/lr_0.002/seed_2", "c/lr_0.002/seed_3"]
+    )
+
+
+def run_file(study, name):
+    return study.folder / "runs" / name
+
+
+def test_a_stopped_study_resumes_its_half_finished_run(study, starts, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_S", "0.05")
+    declared = study(steps=200)
+    stop = StopRequest()
+    metrics = run_file(declared, "a/lr_0.001/seed_1/metrics.jsonl")
+
+    def stop_when_under_way():
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if metrics.exists() and len(metrics.read_text().splitlines()) > 3:
+                break
+            time.sleep(0.02)
+        stop.requested = True
+
+    thread = threading.Thread(target=stop_when_under_way)
+    thread.start()
+    assert not declared.run(stop)
+    thread.join()
+    assert starts() == ["a/lr_0.001/seed_1"]
+    assert declared.plan()[0].startswith("started")
+    reached = int(run_file(declared, "a/lr_0.001/seed_1/checkpoints/state").read_text())
+    assert 3 <= reached < 200
+    monkeypatch.setenv("FAKE_STEP_S", "0")
+    assert study(steps=200).run(StopRequest())
+    assert starts()[:2] == ["a/lr_0.001/seed_1"] * 2 and len(starts()) == 7
+    rows = runner.read_history(metrics)
+    assert len(rows) == 201 + 1  # went on at the step it had reached, not at the start
+    assert rows[reached + 1]["step"] == reached
+
+
+def test_a_run_that_somebody_stops_stops_the_study(study, starts, monkeypatch):
+    monkeypatch.setenv("FAKE_STEP_S", "0.05")
+    started = []
+    start = runner.Runner._start
+
+    def start_and_terminate(self, run, slot):
+        process = start(self, run, slot)
+        started.append(run.name)
+        metrics = run.folder / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text()):
+            time.sleep(0.02)
+        process.terminate()
+        return process
+
+    monkeypatch.setattr(runner.Runner, "_start", start_and_terminate)
+    assert not study(steps=200).run(StopRequest())
+    assert len(started) == 1
+
+
+def test_divergence_is_a_result_and_is_not_chosen(study, starts):
+    declared = study(rates=(0.5, 0.002))
+    assert declared.run(StopRequest())
+    grid = {(r["arm"], r["learning_rate"]): r for r in declared.results()[1]}
+    assert grid["a", 0.5]["status"] == "diverged" and "not finite" in grid["a", 0.5]["failure"]
+    assert declared.best_rates() == {"a": 0.002, "b": 0.002}
+    before = len(starts())
+    assert study(rates=(0.5, 0.002)).run(StopRequest())  # nor is it tried again
+    assert len(starts()) == before
+    assert study(rates=(0.5,), seeds=(1, 2)).best_rates() == {}
+    assert study(rates=(0.5,), seeds=(1, 2)).rest() == []
+
+
+def test_refused_input_and_crashes_end_the_study_in_one_line(study):
+    with pytest.raises(ConfigError) as error:
+        study(rates=(20.0,)).run(StopRequest())
+    assert str(error.value) == "run a lr 20 seed 1: data of another kind"
+    with pytest.raises(RunFailed, match="code 1: boom"):
+        study(rates=(200.0,)).run(StopRequest())
+
+
+def test_other_settings_or_other_data_are_refused(study, data):
+    assert study().run(StopRequest())
+    with pytest.raises(ConfigError, match=r"memory.half_window 16, and is now asked for 3"):
+        study(memory__half_window=3).run(StopRequest())
+    assert study(train__logging_steps=7).run(StopRequest())  # changes nothing that is reported
+    write_tiny_corpus(data, train=9, heldout=4)
+    with pytest.raises(ConfigError, match="other data"):
+        study().run(StopRequest())
+
+
+def test_one_study_at_a_time_works_in_a_folder(study):
+    import fcntl
+
+    declared = study()
+    declared.folder.mkdir()
+    with (declared.folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="is in use"):
+            declared.run(StopRequest())
+
+
+def test_mentions_are_scored_once_before_the_first_run(study, starts, data):
+    (data / "tables" / "importance.json").unlink()
+    assert study().run(StopRequest())
+    assert starts()[0] == "scoring/lr_0.001/seed_1" and len(starts()) == 7
+
+
+def test_without_probes_another_selection_is_asked_for(study, data):
+    for file in (data / "probe").glob("*.jsonl"):
+        file.unlink()
+    with pytest.raises(DataError, match="--select_by eval/mlm_loss"):
+        study()
+
+
+def test_cores_are_dealt_out_without_overlap(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 1, 4, 7, 9}, raising=False)
+    assert slots(2) == [[1, 3], [4, 7]]
+    assert slots(1) == [[1, 3, 4, 7, 9]]
+    with pytest.raises(ConfigError, match="only 5 core"):
+        slots(6)
+
+
+def test_budgets_are_steps_or_hours():
+    assert Budget.parse("1200").keys() == {"train.max_steps": 1200, "train.eval_steps": 50}
+    assert Budget.parse("0.5h").keys() == {"train.max_hours": 0.5, "train.max_steps": MANY_STEPS}
+    assert Budget.parse("90m").hours == pytest.approx(1.5)
+    assert Budget.parse("1800s").hours == pytest.approx(0.5)
+    for text in ("soon", "0", "-3", "h", "", "infh", "1.5"):
+        with pytest.raises(ConfigError, match="--budget"):
+            Budget.parse(text)
+
+
+def test_collecting_reads_costs_and_skips_a_torn_line(study):
+    run = study().grid()[0]
+    run.folder.mkdir(parents=True)
+    rows = [
+        {"step": 0, "time_s": 0.0, "eval/mlm_loss": 9.0},
+        {"step": 5, "time_s": 9.0, "throughput/step_s": 1.8, "time/forward_s": 1.0},
+        {"step": 10, "time_s": 10.0, "throughput/step_s": 0.2, "time/forward_s": 0.1},
+        {"step": 15, "time_s": 12.0, "throughput/step_s": 0.4, "time/forward_s": 0.3},
+    ]
+    text = "\n".join(json.dumps(row) for row in rows) + '\n{"step": 15, "tim'
+    (run.folder / "metrics.jsonl").write_text(text)
+    result = runner.collect(run)
+    assert result["cost"]["throughput/step_s"] == pytest.approx(0.3)  # the first holds warm-up
+    assert result["cost"]["time/forward_s"] == pytest.approx(0.2)
+    assert (result["steps"], result["time_s"]) == (15, 12.0)
+    assert result["evaluations"] == rows[:1]
