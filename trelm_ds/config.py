@@ -328,6 +328,7 @@ class TrainConfig:
     logging_steps: int = 50
     eval_steps: int = 400  # 0: only at the start and the end
     eval_batches: int = 16  # held-out micro-batches per evaluation
+    eval_probes: int | None = None  # facts asked per evaluation, evenly spaced; None: all
     save_steps: int = 800  # 0: only at the end
     save_total_limit: int = 2
     resume_from_checkpoint: str | None = None  # latest | a checkpoint folder
@@ -344,6 +345,10 @@ class TrainConfig:
         for name in ("eval_steps", "save_steps", "max_grad_norm", "weight_decay"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative")
         _require(self.max_hours is None or self.max_hours > 0, "train.max_hours must be positive")
+        _require(
+            self.eval_probes is None or self.eval_probes >= 1,
+            "train.eval_probes must be at least 1",
+        )
         for name in ("learning_rate", "adam_epsilon"):
             _require(getattr(self, name) > 0, f"train.{name} must be positive")
         _require(self.save_total_limit >= 1, "train.save_total_limit must be at least 1")

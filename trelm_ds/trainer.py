@@ -59,7 +59,7 @@ FREE_ON_RESUME = {
     *("data.data_dir", "data.num_workers", "model.model_name_or_path", "model.attn_implementation"),
     *("model.gradient_checkpointing", "model.unpad", "memory.device", "memory.max_gib"),
     *("routing.audit_steps", "train.output_dir", "train.logging_steps", "train.eval_steps"),
-    *("train.eval_batches", "train.save_steps", "train.save_total_limit"),
+    *("train.eval_batches", "train.eval_probes", "train.save_steps", "train.save_total_limit"),
     *("train.resume_from_checkpoint", "train.report_to", "train.export", "train.bf16"),
     *("train.max_hours", "train.per_device_train_batch_size"),
     "train.gradient_accumulation_steps",
@@ -221,7 +221,7 @@ class Trainer:
         self.heldout = heldout_batches(
             config, self.data_dir, world.rank, world.size, self.graph, self.tables
         )
-        self.probes = load_probes(self.data_dir, self.model, limit=None)
+        self.probes = load_probes(self.data_dir, self.model, limit=config.train.eval_probes)
 
     # -- construction ---------------------------------------------------------------------------
 

@@ -81,7 +81,7 @@ def folder(tmp_path_factory):
     chosen = [run(arm, seed, final) for seed in (1, 2) for arm, final in finals.items()]
     headline = {m.key: better_baseline(chosen, ["dkplm"], m) for m in METRICS}
     rows = convergence_rows(chosen, ["dkplm"], METRICS, 0.0)
-    grid = [r | {"chosen": True} for r in chosen]
+    grid = [r | r["evaluations"][-1] | {"chosen": True} for r in chosen]
     grid += [run(arm, 1, 0.0, 0.5, "diverged") | {"chosen": False} for arm in finals]
     result = header("convergence") | {
         "rows": rows,

@@ -143,6 +143,8 @@ def test_a_run_that_somebody_stops_stops_the_study(study, starts, monkeypatch):
     monkeypatch.setattr(runner.Runner, "_start", start_and_terminate)
     assert not study(steps=200).run(StopRequest())
     assert len(started) == 1
+    only = study(rates=(0.001,), seeds=(1,), arms=[Arm("last", "mlm")], steps=200)
+    assert not only.run(StopRequest())  # also where no run would have followed
 
 
 def test_divergence_is_a_result_and_is_not_chosen(study, starts):

@@ -30,7 +30,8 @@ def result(arm, seed, p1, *, seconds=10.0, loss=None, rate=1e-3, step=100):
         {"step": i * step, "time_s": i * seconds, "eval/report_p1": v, "eval/mlm_loss": m}
         for i, (v, m) in enumerate(zip(p1, loss, strict=True))
     ]
-    return {"arm": arm, "seed": seed, "learning_rate": rate, "evaluations": evaluations}
+    row = {"arm": arm, "seed": seed, "learning_rate": rate, "status": "done"}
+    return row | {"evaluations": evaluations}
 
 
 def test_a_target_between_two_evaluations_is_interpolated_in_steps_and_time():
@@ -136,6 +137,19 @@ def test_a_seed_that_never_arrives_counts_as_infinitely_slow():
     found = ratios["a", "eval/report_p1", "dkplm"]
     assert found["time_ratio"] is None and found["steps_ratio"] is None and found["reached"] == 1
     assert found["low"] == pytest.approx(0.5)
+
+
+def test_a_run_that_diverged_reaches_nothing_and_sets_no_target():
+    results = [result("dkplm", s, [0.0, 0.2, 0.4]) for s in (1, 2)]
+    results += [result("a", s, [0.0, 0.4, 0.5]) for s in (1, 2)]
+    results[3]["status"] = "diverged"
+    _, ratios = ratios_of(results, ["dkplm"])
+    found = ratios["a", "eval/report_p1", "dkplm"]
+    assert (found["reached"], found["pairs"], found["high"]) == (1, 2, None)
+    assert [r["seed"] for r in equal_time_rows(results, {P1.key: "dkplm"}, (P1,))] == [1, 2, 1]
+    results[1]["status"] = "diverged"
+    rows, _ = ratios_of(results, ["dkplm"])
+    assert {r["seed"] for r in rows} == {1}
 
 
 def test_a_spike_that_does_not_last_is_reached_but_not_held():

@@ -74,6 +74,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
         logger.info("stopped; the same command goes on")
         return EXIT_STOPPED
     chosen, every = study.results()
+    best = study.best_rates()
     headline = {m.key: better_baseline(chosen, baselines, m) for m in METRICS}
     rows = convergence_rows(chosen, baselines, METRICS, args.tolerance)
     path = args.json or folder_of(args) / f"{args.kind}.json"
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
         rows,
         ratios=paired_ratios(rows, headline),
         equal_time=equal_time_rows(chosen, headline),
-        runs=[summary(run, study) for run in every + [r for r in chosen if r not in every]],
+        runs=[summary(run, best) for run in every + [r for r in chosen if r not in every]],
         study=declaration(study) | {"baselines": baselines, "tolerance": args.tolerance},
     )
     logger.info("result  %s", path)
@@ -91,11 +92,11 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     return EXIT_DONE
 
 
-def summary(result: dict, study: Study) -> dict:
-    """A run as a row of the grid: everything but its curve."""
+def summary(result: dict, best: dict[str, float]) -> dict:
+    """A run as a row of the grid: everything but its curve; ``chosen``: at its arm's rate."""
     last = result["evaluations"][-1] if result["evaluations"] else {}
     row = {key: value for key, value in result.items() if key != "evaluations"}
-    row["chosen"] = study.best_rates().get(result["arm"]) == result["learning_rate"]
+    row["chosen"] = best.get(result["arm"]) == result["learning_rate"]
     return row | {key: value for key, value in last.items() if key.startswith("eval/")}
 
 

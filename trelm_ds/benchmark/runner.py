@@ -6,6 +6,7 @@ checkpoint. A stop request reaches the runs as SIGTERM, upon which each writes a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -169,7 +170,7 @@ class Runner:
         self.deepspeed = deepspeed
         self.keep_checkpoints = keep_checkpoints
         self.lock = lock
-        self._wall: list[tuple[str, float]] = []  # (arm, seconds) of runs seen from start to end
+        self._wall: list[float] = []  # seconds of runs, resumed ones since their resumption
 
     def run(self, runs: Sequence[Run], later: int = 0) -> bool:
         """Brings every run to its end.
@@ -208,13 +209,13 @@ class Runner:
                     del under_way[slot]
                     if not self._ended(run, process.returncode, time.monotonic() - started):
                         self.stop.requested = True  # somebody stopped the run: stop the study
-                    left = len(waiting) + len(under_way) + later
-                    logger.info("%d run(s) left, eta %s", left, self._eta(left))
+                    self._tell(under_way, len(waiting) + later)
                 if time.monotonic() - told > TELL_S:
                     told = time.monotonic()
                     for run, _, _ in under_way.values():
                         logger.info("  %s: %s", run.name, _progress(run))
-            return True
+                    self._tell(under_way, len(waiting) + later)
+            return all(run.state == "finished" for run in runs)
         finally:
             for _, process, _ in under_way.values():  # after an error or a second Ctrl-C
                 process.kill()
@@ -239,7 +240,8 @@ class Runner:
             )
         if hasattr(os, "sched_setaffinity"):
             # At once, before the interpreter has loaded anything that starts threads.
-            os.sched_setaffinity(process.pid, cores)
+            with contextlib.suppress(ProcessLookupError):  # it ended already: _ended says why
+                os.sched_setaffinity(process.pid, cores)
         return process
 
     def _finish_stopped(self, under_way: dict) -> bool:
@@ -258,7 +260,7 @@ class Runner:
             return False
         said = _last_words(run.folder / CONSOLE)
         if code == EXIT_DONE:
-            self._wall.append((run.arm, wall_s))
+            self._wall.append(wall_s)
             result = collect(run)
             logger.info("finished: %s, %s", run.name, _summary(result))
         elif code == 1 and "TrainingError" in said:
@@ -274,11 +276,17 @@ class Runner:
             shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
         return True
 
-    def _eta(self, left: int) -> str:
-        if not self._wall:
-            return "unknown"
-        mean = sum(seconds for _, seconds in self._wall) / len(self._wall)
-        return format_duration(mean * left / len(self.slots))
+    def _tell(self, under_way: dict, waiting: int) -> None:
+        """How many runs are left and for how long, by the runs that ended, else by those begun."""
+        now = time.monotonic()
+        shares = [(_share(run), now - started) for run, _, started in under_way.values()]
+        means = self._wall or [elapsed / share for share, elapsed in shares if share > 0]
+        if means:
+            left = waiting + sum(1 - share for share, _ in shares)
+            eta = format_duration(left * sum(means) / len(means) / len(self.slots))
+        else:
+            eta = "unknown"
+        logger.info("%d run(s) left, eta %s", waiting + len(under_way), eta)
 
 
 def read_history(path: Path) -> list[dict]:
@@ -345,6 +353,14 @@ def _progress(run: Run) -> str:
     if train.max_hours is not None:
         return f"step {history[-1]['step']}, {history[-1]['time_s'] / 3600:.2f}/{train.max_hours} h"
     return f"step {history[-1]['step']}/{train.max_steps}"
+
+
+def _share(run: Run) -> float:
+    """How much of a run's budget is spent, in [0, 1]."""
+    last = next(reversed(read_history(run.folder / "metrics.jsonl")), {"step": 0, "time_s": 0.0})
+    train = run.config.train
+    by_clock = 0.0 if train.max_hours is None else last["time_s"] / (train.max_hours * 3600)
+    return min(1.0, max(last["step"] / train.max_steps, by_clock))
 
 
 def _summary(result: dict) -> str:

@@ -114,7 +114,7 @@ def better_baseline(
     """The baseline with the best mean final value over seeds; None where none was measured."""
     finals: dict[str, list[float]] = {}
     for result in results:
-        points = curve(result["evaluations"], metric.key)
+        points = _finished_curve(result, metric)
         if result["arm"] in baselines and points:
             finals.setdefault(result["arm"], []).append(points[-1].value)
     if not finals:
@@ -129,7 +129,9 @@ def convergence_rows(
     metrics: Sequence[Metric] = METRICS,
     tolerance: float = 0.02,
 ) -> list[dict]:
-    """One row for each method, seed, metric and baseline that has a run of that seed.
+    """One row for each method, seed, metric and baseline that has a finished run of that seed.
+
+    A run that diverged reaches nothing, also where its curve crossed the target before.
 
     The target is that of the same seed's baseline: the pair shares its data order, and the
     baseline always reaches its own target, so that every ratio has a denominator.
@@ -150,13 +152,14 @@ def convergence_rows(
     for metric in metrics:
         for baseline in baselines:
             for (arm, seed), result in done.items():
-                own = done.get((baseline, seed))
                 points = curve(result["evaluations"], metric.key)
-                reference = curve(own["evaluations"], metric.key) if own else []
+                reference = _finished_curve(done.get((baseline, seed)), metric)
                 if not points or not reference:
                     continue
                 target = target_of(reference, metric, tolerance)
-                crossing = reach(points, target, metric.higher_is_better)
+                crossing = None
+                if result["status"] == "done":
+                    crossing = reach(points, target, metric.higher_is_better)
                 sign = 1.0 if metric.higher_is_better else -1.0
                 loss = None
                 if crossing is not None:
@@ -178,6 +181,13 @@ def convergence_rows(
                     }
                 )
     return rows
+
+
+def _finished_curve(result: dict | None, metric: Metric) -> list[Point]:
+    """The curve of a run that came to its end; empty for one that diverged or is not there."""
+    if result is None or result["status"] != "done":
+        return []
+    return curve(result["evaluations"], metric.key)
 
 
 def paired_ratios(rows: Sequence[dict], headline: dict[str, str | None]) -> list[dict]:
@@ -270,9 +280,9 @@ def equal_time_rows(
     rows = []
     for metric in metrics:
         for (arm, seed), result in done.items():
-            own = done.get((headline.get(metric.key), seed))
-            points = curve(result["evaluations"], metric.key)
-            reference = curve(own["evaluations"], metric.key) if own else []
+            baseline = headline.get(metric.key)
+            points = _finished_curve(result, metric)
+            reference = _finished_curve(done.get((baseline, seed)), metric)
             if not points or not reference:
                 continue
             moment = reference[-1].time_s
@@ -281,7 +291,7 @@ def equal_time_rows(
                     "method": arm,
                     "seed": seed,
                     "metric": metric.key,
-                    "baseline": own["arm"],
+                    "baseline": baseline,
                     "time_s": moment,
                     "value": at_time(points, moment).value,
                     "baseline_value": reference[-1].value,
