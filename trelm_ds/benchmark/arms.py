@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,7 @@ class Table:
         return list(found.values())
 
 
+@functools.cache
 def load_table(path: str | Path = TABLE) -> Table:
     """Reads and checks the table; every arm of it resolves to a configuration.
 
