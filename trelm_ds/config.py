@@ -265,19 +265,22 @@ class RoutingConfig:
     start: float = 0.0  # fraction of the run that trains densely first
     rotation_steps: int = 50  # R, block only; 0: one fixed block
     floor: float = 0.25  # share of rotations that take the block left out longest
-    attribution_steps: int = 20  # m of Eq. 11, exact only
-    quadrature_nodes: int = 2  # Gauss-Legendre nodes, quadrature only
+    attribution_steps: int = 20  # m of Eq. 11, for form and audits exact
+    quadrature_nodes: int = 2  # Gauss-Legendre nodes, for form and audits quadrature
     max_targets: int | None = None  # mentions per micro-batch attributed by exact / quadrature
     threshold: float | None = None  # also drop neurons below this share of the largest score
-    audit_steps: int = 0  # compare the paths with quadrature every so many steps; 0: never
+    audit_steps: int = 0  # compare the paths with audit_form's every so many steps; 0: never
+    audit_form: str = "quadrature"  # quadrature | exact (Eq. 11 with attribution_steps points)
     truncated_depth: float = 0.0  # share of the layers, lowest first, that late backwards skip
     truncate_start: float = 0.4  # fraction of the run after which they do
+    compact_gradients: bool = False  # ranks exchange path rows alone; without ZeRO only
 
     def __post_init__(self):
         _choice("routing.form", self.form, ROUTING_FORMS)
         _choice("routing.score", self.score, ("signed", "abs_gradient"))
         _choice("routing.paths", self.paths, ("mid", "full"))
         _choice("routing.scope", self.scope, ("ffn", "strict"))
+        _choice("routing.audit_form", self.audit_form, ("quadrature", "exact"))
         _choice("routing.input_gradient", self.input_gradient, ("exact", "path"))
         _fraction("routing.kept_fraction", self.kept_fraction, open_low=True)
         _fraction("routing.start", self.start)

@@ -18,6 +18,7 @@ import torch
 
 from trelm_ds import engine as engines
 from trelm_ds.checkpoint import Checkpointer, TrainState, checkpoint_name, load_model_state
+from trelm_ds.compact_gradients import CompactGradients
 from trelm_ds.config import Config
 from trelm_ds.data.loader import StepLoader, heldout_batches
 from trelm_ds.data.shards import load_manifest
@@ -58,6 +59,7 @@ logger = logging.getLogger(__name__)
 FREE_ON_RESUME = {
     *("data.data_dir", "data.num_workers", "model.model_name_or_path", "model.attn_implementation"),
     *("model.gradient_checkpointing", "model.unpad", "memory.device", "memory.max_gib"),
+    *("routing.audit_form", "routing.compact_gradients"),
     *("routing.audit_steps", "train.output_dir", "train.logging_steps", "train.eval_steps"),
     *("train.eval_batches", "train.eval_probes", "train.save_steps", "train.save_total_limit"),
     *("train.resume_from_checkpoint", "train.report_to", "train.export", "train.bf16"),
@@ -208,6 +210,14 @@ class Trainer:
             self.routing,
             element_counts=config.routing.paths == "full",
         )
+        self.compact_gradients = None
+        if config.routing.compact_gradients:
+            self.compact_gradients = CompactGradients(
+                self.engine,
+                list(self.model.routed_parameters()),
+                self.routing,
+                dict(self.model.truncation.parameters()),
+            )
         # Dropout differs between ranks; the state travels with the checkpoint.
         torch.manual_seed(config.train.seed + 1_000_003 * (world.rank + 1))
         self.checkpoints = Checkpointer(
@@ -449,6 +459,10 @@ class Trainer:
             watch.start("backward")
             self.engine.backward(output.loss)
             watch.stop("backward")
+            if self.compact_gradients and self.engine.is_gradient_accumulation_boundary():
+                watch.start("communication")
+                self.compact_gradients.reduce()
+                watch.stop("communication")
             watch.start("bank")
             if self.bank is not None:
                 row = batch.mention_spans[:, 0]
@@ -513,6 +527,8 @@ class Trainer:
         values.update(self.routing.metrics())
         if self.sampling is not None:
             values.update(self.sampling.metrics())
+        if self.compact_gradients is not None:
+            values.update(self.compact_gradients.metrics())
         steps_left = self.config.train.max_steps - self.state.step
         eta = steps_left * interval.seconds / max(1, interval.steps)
         if self.config.train.max_hours is not None:
@@ -651,6 +667,8 @@ class Interval:
             values["train/mlm_object_loss"] = objects / self.objects
         for phase in ("forward", "backward", "bank", "optimizer"):
             values[f"time/{phase}_s"] = times.get(phase, 0.0) / steps
+        if "communication" in times:  # else it is the engine's, inside the backward
+            values["time/communication_s"] = times["communication"] / steps
         return values
 
 

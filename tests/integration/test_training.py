@@ -85,6 +85,9 @@ def zero_matrix(rank, world_size, data_dir, output_dir):
     settings = {"train__max_steps": 4} | TRUNCATED | DOTTED_NO_DROPOUT
     for name in FP32_CONFIGS:
         found[name] = run_once(data_dir, output_dir / name, zero=name, **settings)["losses"]
+    settings["routing__compact_gradients"] = True
+    found["compact"] = run_once(data_dir, output_dir / "c", zero="zero0", **settings)["losses"]
+    settings["routing__compact_gradients"] = False
     for name in ("zero1", "zero2", "zero3"):
         found[f"{name} bf16"] = run_once(
             data_dir,
@@ -106,6 +109,7 @@ def test_every_zero_configuration_trains_alike(two_ranks):
     found = two_ranks[0]["zero"]
     reference = torch.tensor(found["zero0"])
     assert reference.shape == (4, 4) and reference.isfinite().all()
+    assert found["compact"] == found["zero0"]  # to the bit
     for name, rows in found.items():
         tolerance = 2e-2 if "bf16" in name else 1e-4
         torch.testing.assert_close(torch.tensor(rows), reference, rtol=tolerance, atol=tolerance)

@@ -186,13 +186,63 @@ def test_audit_compares_paths_with_quadrature():
     assert 0 <= audited["routing/audit_captured_mass"] < 1
     assert audited["time/attribution_s"] > 0
     run_step(model, controller, 1)
-    assert controller.metrics()["time/attribution_s"] == 0
+    later = controller.metrics()
+    assert later["time/attribution_s"] == 0 and not any("audit" in key for key in later)
     model, controller = make("quadrature", audit_steps=1)
     model.eval()
     run_step(model, controller, 0)
     same = controller.metrics()
     assert same["routing/audit_jaccard"] == 1.0
     assert same["routing/audit_captured_mass"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("audit_form", ["quadrature", "exact"])
+def test_audits_report_each_layer_against_the_form_asked_for(audit_form):
+    model, controller = make(
+        "random", audit_steps=2, audit_form=audit_form, attribution_steps=4, quadrature_nodes=3
+    )
+    model.eval()
+    reported = []
+    for step in range(3):
+        counts = run_step(model, controller, step)
+        metrics = controller.metrics()
+        if step == 1:
+            assert not any("layer_" in key or "audit" in key for key in metrics)
+            continue
+        rule = {"exact": ("riemann_right", 4), "quadrature": ("gauss_legendre", 3)}[audit_form]
+        problem = model.attribution_problem(tiny_batch(seed=100 * step), None, 0.0)
+        scores = integrated_gradients(problem, *rule).mid.clamp(min=0)
+        jaccards, masses = [], torch.zeros(2)
+        for layer in range(2):
+            kept = set((counts[layer] > 0).nonzero()[:, 0].tolist())
+            best = set(scores[layer].topk(len(kept)).indices.tolist())
+            mass = torch.tensor([float(scores[layer, sorted(s)].sum()) for s in (kept, best)])
+            jaccards.append(len(kept & best) / len(kept | best))
+            masses += mass
+            of_layer = {
+                "kept_fraction": len(kept) / 24,
+                "audit_jaccard": jaccards[-1],
+                "audit_captured_mass": float(mass[0] / mass[1]),
+            }
+            for name, value in of_layer.items():
+                assert metrics[f"routing/layer_{layer}/{name}"] == pytest.approx(value)
+        assert metrics["routing/audit_jaccard"] == pytest.approx(sum(jaccards) / 2)
+        assert metrics["routing/audit_captured_mass"] == pytest.approx(float(masses[0] / masses[1]))
+        assert 0 < 2 * metrics["routing/audit_s_per_layer"] <= metrics["time/attribution_s"]
+        reported.append(masses)
+    assert len(reported) == 2
+
+
+def test_the_two_audit_forms_differ():
+    seen = []
+    for audit_form in ("quadrature", "exact"):
+        model, controller = make(
+            "random", audit_steps=1, audit_form=audit_form, attribution_steps=2
+        )
+        model.eval()
+        run_step(model, controller, 0)
+        seen.append(controller.metrics()["routing/audit_captured_mass"])
+    assert seen[0] != seen[1]
 
 
 def test_attribution_leaves_training_as_it_was():
@@ -328,6 +378,10 @@ def test_refusals_name_the_keys():
         with pytest.raises(ConfigError, match=f"routing.form {form} .*ZeRO-3"):
             refuse_unsupported(config(form=form), 3)
         refuse_unsupported(config(form=form), 2)
+    for stage in (1, 2, 3):
+        with pytest.raises(ConfigError, match=f"compact_gradients .*stage {stage}"):
+            refuse_unsupported(config(compact_gradients=True), stage)
+    refuse_unsupported(config(form="block", compact_gradients=True), 0)
     with pytest.raises(ConfigError, match="routing.audit_steps .*ZeRO-3"):
         refuse_unsupported(config(form="in_backward", audit_steps=10), 3)
     for form in ("block", "in_backward", "random", "activation", "frozen", "none"):
@@ -344,6 +398,8 @@ def test_refusals_name_the_keys():
     refuse_unsupported(without_decoding(form="in_backward", score="abs_gradient"), 2)
     refuse_unsupported(without_decoding(form="block"), 2)
     refuse_unsupported(without_decoding(form="random"), 2)
-    mixed = SimpleNamespace(form="block", paths="full", audit_steps=0)
+    mixed = SimpleNamespace(
+        form="block", paths="full", audit_steps=0, audit_form="quadrature", compact_gradients=False
+    )
     with pytest.raises(ConfigError, match="paths mid"):
         refuse_unsupported(SimpleNamespace(routing=mixed), 2)

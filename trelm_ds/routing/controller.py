@@ -38,6 +38,11 @@ def refuse_unsupported(config: Config, zero_stage: int) -> None:
         ConfigError: one line that names the keys.
     """
     routing = config.routing
+    if routing.compact_gradients and zero_stage != 0:
+        raise ConfigError(
+            f"routing.compact_gradients does not work with ZeRO stage {zero_stage}, which sends "
+            "gradients by partitions: use ds_configs/zero0.json"
+        )
     if routing.form in DENSE_FORMS:
         return
     integrates = routing.form in ATTRIBUTION_FORMS or routing.audit_steps > 0
@@ -125,9 +130,9 @@ class RoutingController:
         self._previous: list[LayerPaths] | None = None  # paths of the routed step before
         self._current: list[LayerPaths] | None = None
         self._scores: list[torch.Tensor | None] = [None] * self.num_layers  # they were chosen by
-        self._reference: PathScores | None = None  # quadrature of an audited step
-        self._audit: dict[str, float] = {}
-        self._attribution_s = 0.0
+        self._reference: PathScores | None = None  # of an audited step
+        self._audit: dict[str, float] = {}  # since the last report
+        self._attribution_s = self._audit_s = 0.0
         self._steps = 0
 
     @property
@@ -198,15 +203,17 @@ class RoutingController:
         audit = self.config.audit_steps > 0 and self.step % self.config.audit_steps == 0
         if form not in ATTRIBUTION_FORMS and not audit:
             return
-        begin = time.perf_counter()
+        begin = self._clock()
         with evaluation_mode(model), self.context.dense():
             problem = model.attribution_problem(batch, memory, memory_weight)
             if form in ATTRIBUTION_FORMS:
                 scores = self._attribute(problem, form, self.config.paths == "full")
                 self._choose_all(scores)
             if audit:
-                self._reference = self._attribute(problem, "quadrature", False)
-        self._attribution_s += time.perf_counter() - begin
+                audit_begin = self._clock()
+                self._reference = self._attribute(problem, self.config.audit_form, False)
+                self._audit_s = self._clock() - audit_begin
+        self._attribution_s += self._clock() - begin
 
     def frozen(self, layer: int) -> bool:
         """Whether the layer (-1: what lies below the first) is below the step's cut.
@@ -225,6 +232,13 @@ class RoutingController:
             int64 [f] on the CPU.
         """
         return (self.counts[layer] + 1) * self._updated_rows(layer)
+
+    def layer_paths(self, layer: int) -> LayerPaths | None:
+        """The paths of a layer above the cut in this step; None when all of its FFN trains.
+
+        To be read after the step's last backward and before ``end_step``.
+        """
+        return self.context.paths[layer] if self.routed else None
 
     def active_inputs(self, layer: int) -> torch.Tensor | None:
         """S_in as a mask, bool [d] on the CPU; None when every input is on the path."""
@@ -266,8 +280,11 @@ class RoutingController:
         ``routing/jaccard``: last path set against the one before, mean over layers above the cut;
         ``routing/captured_mass``: share of the positive score mass that lies on the path, by the
         scores it was chosen by (absent for a random or fixed path);
-        ``routing/audit_jaccard``, ``routing/audit_captured_mass``: the audited step's paths
-        against the best sets of the same size by quadrature, the mass relative to theirs;
+        ``routing/audit_jaccard``, ``routing/audit_captured_mass``: an audited step's paths
+        against the best sets of the same size by ``audit_form``, the mass relative to theirs;
+        ``routing/audit_s_per_layer``: what the audit took; ``routing/layer_N/kept_fraction``,
+        ``routing/layer_N/audit_jaccard`` and ``routing/layer_N/audit_captured_mass``: the same by
+        layer. These are there once after an audit;
         ``time/attribution_s``: integrated gradients and audits, per step since the last call.
         """
         result = {}
@@ -297,6 +314,7 @@ class RoutingController:
         if mass is not None:
             result["routing/captured_mass"] = mass
         result.update(self._audit)
+        self._audit = {}
         return result
 
     # ---- state -----------------------------------------------------------------------------
@@ -401,6 +419,12 @@ class RoutingController:
         self.context.score_sums = None
         self.last_rotation = step
 
+    def _clock(self) -> float:
+        """Seconds, when the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
     def _reached(self, share: float, progress: float | None) -> bool:
         """Whether the step to come lies at or after this share of the run."""
         if progress is None:
@@ -438,17 +462,23 @@ class RoutingController:
         return sum(float(s[p.rows].clamp(min=0).sum()) for p, s in pairs) / total
 
     def _compare_with_reference(self, paths: list[LayerPaths]) -> dict[str, float]:
-        overlaps, mass, best_mass = [], 0.0, 0.0
-        for layer in self._trained_layers():
-            path = paths[layer]
+        layers = self._trained_layers()
+        result = {"routing/audit_s_per_layer": self._audit_s / len(layers)}
+        overlaps, total, best_total = [], 0.0, 0.0
+        for layer in layers:
+            rows = paths[layer].rows
             scores = self._reference.mid[layer].clamp(min=0)
-            best = torch.topk(scores, len(path.rows)).indices
-            overlaps.append(_jaccard(path.rows, best))
-            mass += float(scores[path.rows].sum())
-            best_mass += float(scores[best].sum())
-        result = {"routing/audit_jaccard": _mean(overlaps)}
-        if best_mass > 0:
-            result["routing/audit_captured_mass"] = mass / best_mass
+            best = torch.topk(scores, len(rows)).indices
+            overlaps.append(_jaccard(rows, best))
+            mass, best_mass = float(scores[rows].sum()), float(scores[best].sum())
+            total, best_total = total + mass, best_total + best_mass
+            result[f"routing/layer_{layer}/kept_fraction"] = len(rows) / self.size
+            result[f"routing/layer_{layer}/audit_jaccard"] = overlaps[-1]
+            if best_mass > 0:
+                result[f"routing/layer_{layer}/audit_captured_mass"] = mass / best_mass
+        result["routing/audit_jaccard"] = _mean(overlaps)
+        if best_total > 0:
+            result["routing/audit_captured_mass"] = total / best_total
         return result
 
     @staticmethod
