@@ -273,6 +273,12 @@ class RoutedFFN(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not self.context.active:
             return self.project(self.intermediate(hidden_states))
+        return self._routed(hidden_states)
+
+    # torch.compile traces a backward together with its forward, when the step's targets and paths
+    # are not known yet: the routed block stays outside, the graphs end before it and go on after.
+    @torch.compiler.disable
+    def _routed(self, hidden_states: torch.Tensor) -> torch.Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         for ffn in self.above:
             ffn._defer_weights()
