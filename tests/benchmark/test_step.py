@@ -65,11 +65,13 @@ def test_rows_have_every_phase_and_the_baseline_comes_first(tmp_path):
     rows = step.measure(
         SHAPES,
         torch.device("cpu"),
-        ["block.25+path", "in_backward.1+abs"],
+        ["block.25+path", "in_backward.1+abs", "strict+path+truncated"],
         rounds=2,
         measure_memory=False,
     )
-    assert [row["arm"] for row in rows] == ["dense", "block.25+path", "in_backward.1+abs"]
+    assert [row["arm"] for row in rows] == [
+        *("dense", "block.25+path", "in_backward.1+abs", "strict+path+truncated")
+    ]
     assert rows[0]["ratio_to_dense"] == rows[0]["predicted_ratio"] == 1.0
     for row in rows:
         phases = sum(row[f"{p}_ms"] for p in step.PHASES)

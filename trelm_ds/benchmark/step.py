@@ -11,6 +11,7 @@ import argparse
 import collections
 import dataclasses
 import fnmatch
+import functools
 import logging
 import multiprocessing
 import statistics
@@ -160,13 +161,12 @@ class _Arm:
         ).routing
         self.step = 0
         self.context = RoutingContext()
-        self.truncation = BackwardTruncation(bench.model, self.config)
         self.activate()
         self.routing = RoutingController(
             *(self.config, bench.model.ffns, self.context),
             total_steps=10**6,
             seed=0,
-            truncation=self.truncation,
+            truncation=bench.truncation if self.config.truncated_depth else None,
         )
         self.optimizer = PathAdamW(parameter_groups(bench.model, 0.01), lr=1e-6)
         self.optimizer.state = bench.optimizer_state  # the same weights have the same moments
@@ -188,7 +188,7 @@ class _Arm:
         """Makes the shared model this arm's."""
         model = self.bench.model
         apply_scope(model, self.config)
-        model.routing_context, model.truncation = self.context, self.truncation
+        model.routing_context = self.context
         for ffn in model.ffns:
             ffn.context = self.context
 
@@ -285,6 +285,12 @@ class StepBenchmark:
         if dtype != torch.float32:  # fp32 copies that the optimizer steps, as DeepSpeed has them
             for p in self.model.parameters():
                 self._masters[p] = p.detach().float()
+
+    @functools.cached_property
+    def truncation(self) -> BackwardTruncation:
+        """The cut that truncated arms share: its hooks nest by module, not by arm."""
+        self.model.truncation = BackwardTruncation(self.model, RoutingConfig(**_TRUNCATED))
+        return self.model.truncation
 
     def master(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         return self._masters.get(parameter, parameter)
