@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from multiprocess import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from trelm_ds.benchmark import step
@@ -77,6 +78,17 @@ def test_rows_have_every_phase_and_the_baseline_comes_first(tmp_path):
         phases = sum(row[f"{p}_ms"] for p in step.PHASES)
         assert 0 < row["forward_ms"] < row["step_ms"] and phases > 0
         assert row["ratio_low"] <= row["ratio_to_dense"] <= row["ratio_high"]
+
+
+def ranks_rows(rank, world_size):
+    arms = ["block.25+path", "block.25+path+compact"]
+    return step.measure(SHAPES, torch.device("cpu"), arms, rounds=2, measure_memory=False)
+
+
+def test_two_ranks_measure_communication_apart():
+    for rows in run_ranks(ranks_rows, 2):
+        assert [row["arm"] for row in rows] == ["dense", "block.25+path", "block.25+path+compact"]
+        assert all(row["ranks"] == 2 and row["communication_ms"] > 0 for row in rows)
 
 
 def test_command_writes_json_and_figure(tmp_path, capsys):

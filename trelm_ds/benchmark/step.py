@@ -14,6 +14,7 @@ import fnmatch
 import functools
 import logging
 import multiprocessing
+import os
 import statistics
 import time
 import types
@@ -22,14 +23,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from trelm_ds.benchmark.cost_model import step_flops
 from trelm_ds.benchmark.results import require_folder, write_result
+from trelm_ds.compact_gradients import CompactGradients
 from trelm_ds.config import Config, RoutingConfig, build_config
 from trelm_ds.data.collate import Batch, Collator, Example
 from trelm_ds.data.masking import Masker
 from trelm_ds.data.sampling import SampledMentions
 from trelm_ds.data.special import SpecialTokens
+from trelm_ds.distributed import cpu_group, gather_vector, get_world
 from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trelm_ds.metrics import peak_flops, peak_memory_gib, training_flops
 from trelm_ds.model import Normalizers, TrelmModel, build_backbone, parameter_groups
@@ -44,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 _PATH = {"input_gradient": "path"}
 _BLOCK = {"form": "block", "rotation_steps": 50}
+_SENT = {"compact_gradients": True}
 _TRUNCATED = {"truncated_depth": 0.5, "truncate_start": 0.0}
 
 # Name -> keys of the routing section. ``dense`` is what the others are compared with.
@@ -68,10 +73,15 @@ ARMS: dict[str, dict] = {
     "block.125+path+truncated": _BLOCK | _PATH | _TRUNCATED | {"kept_fraction": 0.125},
     "strict+path+truncated": _BLOCK | _PATH | _TRUNCATED
     | {"kept_fraction": 0.125, "scope": "strict"},
+    "block.25+path+compact": _BLOCK | _PATH | _SENT | {"kept_fraction": 0.25},
+    "random.1+compact": _SENT | {"form": "random", "kept_fraction": 0.1},
+    "strict+path+compact": _BLOCK | _PATH | _SENT | {"kept_fraction": 0.125, "scope": "strict"},
 }  # fmt: skip
 BASELINE = "dense"
-PHASES = ("select", "forward", "backward", "optimizer")
+PHASES = ("select", "forward", "backward", "communication", "optimizer")
+COMPACT = "+compact"  # path rows alone travel; measured on several ranks only
 
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own default
 VOCAB_SIZES = {"bert": 30522, "roberta": 50265}
 SPECIAL = SpecialTokens(pad=0, cls=1, sep=2, mask=3, all=(0, 1, 2, 3))
 ENTITIES, RELATIONS, TRANSE_DIM = 1000, 50, 100
@@ -183,6 +193,10 @@ class _Arm:
             group["params"] = [bench.master(p) for p in group["params"]]
         self.optimizer.bind(fragments if routed else (), self.routing)
         self.trained = [p for p in bench.model.parameters() if p.requires_grad]
+        self.compact = None
+        if self.config.compact_gradients:
+            routed = list(bench.model.routed_parameters())
+            self.compact = CompactGradients(bench, routed, self.routing, {})
 
     def activate(self) -> None:
         """Makes the shared model this arm's."""
@@ -205,6 +219,11 @@ class _Arm:
         watch.mark("forward")
         output.loss.backward()
         watch.mark("backward")
+        if bench.world_size > 1 and self.compact is not None:
+            self.compact.reduce()
+        elif bench.world_size > 1:
+            bench.buffered_allreduce_fallback([p.grad for p in self.trained if p.grad is not None])
+        watch.mark("communication")
         bench.gradients_to_masters(self.trained)
         masters = [bench.master(p) for p in self.trained]
         torch.nn.utils.clip_grad_norm_(masters, 1.0, foreach=True)
@@ -259,7 +278,13 @@ class _Laps:
 
 
 class StepBenchmark:
-    """The shared model, batch, master weights and moments of all arms."""
+    """The shared model, batch, master weights and moments of all arms.
+
+    On several ranks gradients are averaged as a DeepSpeed engine without ZeRO does, whose place it
+    takes for ``CompactGradients``.
+    """
+
+    optimizer = None
 
     def __init__(self, shapes: Shapes, device: torch.device):
         self.shapes, self.device = shapes, device
@@ -273,7 +298,10 @@ class StepBenchmark:
         log_q = torch.full((vocab_size,), -float(np.log(vocab_size)))
         self.model = TrelmModel(backbone, config, tables, RELATIONS, log_q)
         dtype = torch.bfloat16 if shapes.dtype == "bf16" else torch.float32
-        self.model.to(device=device, dtype=dtype).train()
+        self.module = self.model.to(device=device, dtype=dtype).train()
+        self.communication_data_type = dtype
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.control = cpu_group()
         batch = synthetic_batch(shapes, config, vocab_size, tables)
         counts = batch.counts()
         self.tokens, self.masked = counts["tokens"], counts["mlm"]
@@ -303,6 +331,20 @@ class StepBenchmark:
     def masters_to_weights(self, parameters) -> None:
         if self._masters:
             torch._foreach_copy_(list(parameters), [self._masters[p] for p in parameters])
+
+    def buffered_allreduce_fallback(self, grads: list[torch.Tensor]) -> None:
+        """Averages ``grads`` over the ranks in place, flattened into buckets."""
+        bucket: list[torch.Tensor] = []
+        for i, grad in enumerate(grads):
+            bucket.append(grad)
+            if i + 1 < len(grads) and sum(g.numel() for g in bucket) < BUCKET_ELEMENTS:
+                continue
+            flat = torch._utils._flatten_dense_tensors(bucket)
+            dist.all_reduce(flat)
+            flat.div_(self.world_size)
+            parts = torch._utils._unflatten_dense_tensors(flat, bucket)
+            torch._foreach_copy_(bucket, list(parts))
+            bucket = []
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -352,7 +394,8 @@ def measure(
             if number >= warmup:
                 samples[arm.name].append(seconds)
         logger.info("round %d of %d", number + 1, warmup + rounds)
-        if stop is not None and stop.requested:
+        # each rank has the signal, but one may not have seen it yet
+        if stop is not None and gather_vector([stop.requested], bench.control).any():
             return None
     rotation = {arm.name: arm.rotation_seconds() for arm in states}
     configs = {arm.name: arm.config for arm in states}
@@ -389,7 +432,7 @@ def measure(
                 "layers": shapes.num_hidden_layers,
                 **medians,
                 "rotation_ms": 1e3 * rotation[name],
-                "communication_ms": 0.0,
+                "ranks": bench.world_size,
                 "step_ms": 1e3 * step,
                 "ratio_to_dense": statistics.median(ratios),
                 "ratio_low": ratios[0],
@@ -429,7 +472,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, stop) -> int:
     """``benchmark.py step``: the table on stdout, JSON and PNG where ``--json`` says."""
     require_folder(args.json)
+    env = dict(os.environ)
+    world = get_world(env)
     arms = [a for a in ARMS if any(fnmatch.fnmatch(a, glob) for glob in args.arms)]
+    if world.size == 1:
+        arms = [a for a in arms if not a.endswith(COMPACT)]
     if not arms:
         raise ConfigError(f"--arms {' '.join(args.arms)}: none of {', '.join(ARMS)}")
     if args.rounds < 1:
@@ -437,6 +484,12 @@ def run(args: argparse.Namespace, stop) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine shows no GPU")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if world.size > 1:
+        os.environ.update(env)
+        if device.type == "cuda":
+            device = torch.device("cuda", world.local_rank)
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.threads:
         torch.set_num_threads(args.threads)
     names = [f.name for f in dataclasses.fields(Shapes) if hasattr(args, f.name)]
@@ -445,8 +498,12 @@ def run(args: argparse.Namespace, stop) -> int:
     rows = measure(
         shapes, device, arms, args.rounds, measure_memory=not args.no_peak_memory, stop=stop
     )
+    if world.size > 1:
+        dist.destroy_process_group()
     if rows is None:
         return EXIT_STOPPED
+    if not world.is_main:
+        return EXIT_DONE
     print(table(rows))
     if args.json:
         write_result(args.json, "step", rows)
@@ -486,6 +543,7 @@ def table(rows: list[dict]) -> str:
         ("arm", "arm", "{}"),
         ("forward_ms", "forward ms", "{:.0f}"),
         ("backward_ms", "backward ms", "{:.0f}"),
+        ("communication_ms", "communication ms", "{:.0f}"),
         ("optimizer_ms", "optimizer ms", "{:.0f}"),
         ("step_ms", "step ms", "{:.0f}"),
         ("ratio_to_dense", "ratio", "{:.3f}"),
@@ -512,7 +570,7 @@ def plot(rows: list[dict], path: str | Path, title: str) -> None:
     base = rows[0]["step_ms"]
     places = range(len(rows))
     left = [0.0] * len(rows)
-    for phase in ("forward", "backward", "optimizer"):
+    for phase in ("forward", "backward", "communication", "optimizer"):
         widths = [row[f"{phase}_ms"] / base for row in rows]
         axis.barh(places, widths, left=left, label=phase)
         left = [a + b for a, b in zip(left, widths, strict=True)]
