@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from multiprocess import run_ranks
 from torch import nn
+from zero_state import full_state
 
 from trelm_ds.errors import ConfigError
 from trelm_ds.ops import reference
@@ -124,29 +125,8 @@ def _start(stage, bf16, zero, paths):
     return engine, optimizer, fragments
 
 
-def _full(engine, param, name):
-    """The whole fp32 parameter or moment, gathered from the partitions; collective."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if engine.global_steps == 0 and name != "param":
-        return torch.zeros(getattr(param, "ds_shape", param.shape))
-    if engine.zero_optimization_stage() == 0:
-        optimizer = engine.basic_optimizer
-        master = param
-        if optimizer is not engine.optimizer:  # bf16: fp32 copies
-            lows = [p for group in engine.optimizer.fp16_groups for p in group]
-            highs = [p for group in engine.optimizer.fp32_groups for p in group]
-            master = highs[next(i for i, p in enumerate(lows) if p is param)]
-        value = master if name == "param" else optimizer.state[master][name]
-    elif name == "param":
-        value = safe_get_full_fp32_param(param)
-    else:
-        value = safe_get_full_optimizer_state(param, name)
-    return value.detach().clone().float()
-
-
 def _snapshot(engine):
-    return [[_full(engine, p, name) for name in NAMES] for p, _, _ in _named(engine.module)]
+    return [[full_state(engine, p, name) for name in NAMES] for p, _, _ in _named(engine.module)]
 
 
 def _gradients(engine):
