@@ -110,11 +110,11 @@ def _dry_run(config: Config, ds_config: dict, world: World) -> None:
     if not world.is_main:
         return
     from trelm_ds.data.shards import load_manifest
+    from trelm_ds.dry_run import describe_run
     from trelm_ds.engine import zero_stage
     from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
     from trelm_ds.model import TrelmModel
     from trelm_ds.routing.controller import refuse_unsupported
-    from trelm_ds.trainer import describe_run
 
     data = Path(config.data.data_dir or SAMPLE_DIR)
     if config.data.data_dir is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,32 +22,27 @@ from trelm_ds.config import Config
 from trelm_ds.data.loader import StepLoader, heldout_batches
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.data.weights import WeightTables
-from trelm_ds.distributed import World, barrier, cpu_group, gather_objects, gather_vector
+from trelm_ds.distributed import World, barrier, cpu_group, gather_vector
 from trelm_ds.engine import gathered
-from trelm_ds.errors import DataError
 from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
 from trelm_ds.export import export_model, last_evaluation
 from trelm_ds.hard_negatives import HardNegatives
-from trelm_ds.knowledge.entity_samples import EntitySamples, index_entity_samples, is_indexed
+from trelm_ds.interval import Interval
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.knowledge_sampling import KnowledgeSampling
 from trelm_ds.memory.bank import MemoryBank
-from trelm_ds.memory.budget import require_memory, required_bytes
+from trelm_ds.memory.budget import mentions_per_step, require_memory
 from trelm_ds.memory.knowledge_state import KnowledgeState
 from trelm_ds.metrics import (
     MetricLog,
-    RollingRate,
-    Stopwatch,
     console_line,
-    peak_flops,
-    peak_memory_gib,
     plot_curves,
-    training_flops,
 )
 from trelm_ds.model import Normalizers, TrelmModel, parameter_groups
 from trelm_ds.optim import WHOLE, PathAdamW
 from trelm_ds.routing.controller import RoutingController, refuse_unsupported
 from trelm_ds.schedules import learning_rate, memory_epoch, memory_weight
+from trelm_ds.start_up import ensure_entity_samples, ensure_importance
 from trelm_ds.stopping import StopRequest
 from trelm_ds.zero_layout import clear_gradients, routed_fragments
 
@@ -610,188 +604,3 @@ class Trainer:
                     overwrite=True,
                 )
         barrier(self.control)
-
-
-class Interval:
-    """Sums between two log lines; losses stay on the device until they are asked for."""
-
-    def __init__(self, device: torch.device, world_size: int):
-        self._device = device
-        self._world_size = world_size
-        self._peak = peak_flops(device)
-        self.watch = Stopwatch(device)
-        self._rate = RollingRate()
-        self.reset()
-
-    def reset(self) -> None:
-        self.steps = self.tokens = self.masked = self.sequences = 0
-        self.objects = self.entities = 0
-        self.seconds = 0.0
-        self._losses = torch.zeros(8, device=self._device, dtype=torch.float64)
-
-    def add(self, output) -> None:
-        losses = (output.loss, output.mlm_loss, output.cka_loss)
-        self._losses[:3] += torch.stack([x.detach().double() for x in losses])
-        self._losses[3] += 1.0
-        self._losses[4:6] += output.entity_sums
-        self._losses[6:] += output.mlm_sums
-
-    def metrics(self, model_config, group) -> dict[str, float]:
-        """Means over the interval, all ranks and micro-batches; times are this rank's."""
-        table = gather_vector(self._losses.tolist(), group).sum(0)
-        loss, mlm, cka = (table[:3] / table[3].clamp(min=1)).tolist()
-        times = self.watch.totals()
-        seconds = max(self.seconds, 1e-9)
-        self._rate.add(self.tokens, seconds)
-        length = self.tokens / max(1, self.sequences)
-        flops = training_flops(model_config, self.tokens, self.masked, length)
-        steps = max(1, self.steps)
-        values = {
-            "train/loss": loss,
-            "train/mlm_loss": mlm,
-            "train/cka_loss": cka,
-            "throughput/tokens_per_s": self._rate.rate,
-            "throughput/step_s": seconds / steps,
-            "throughput/mfu": flops / seconds / self._peak / self._world_size,
-            "data/wait_fraction": times.get("data", 0.0) / seconds,
-            "memory/peak_gib": peak_memory_gib(self._device),
-        }
-        if self.entities:
-            values["train/entity_loss"], values["train/entity_accuracy"] = (
-                table[4:6] / self.entities
-            ).tolist()
-        text, objects = table[6:].tolist()  # zeros unless train.object_loss_share is set
-        if text:
-            values["train/mlm_text_loss"] = text / (self.masked - self.objects)
-        if objects:
-            values["train/mlm_object_loss"] = objects / self.objects
-        for phase in ("forward", "backward", "bank", "optimizer"):
-            values[f"time/{phase}_s"] = times.get(phase, 0.0) / steps
-        if "communication" in times:  # else it is the engine's, inside the backward
-            values["time/communication_s"] = times["communication"] / steps
-        return values
-
-
-def mentions_per_step(config: Config) -> int:
-    """Most mentions a rank handles in an optimizer step: the cap K, and as many long-tail words.
-
-    With ``decoding.mentions: all`` there is no cap, and one in four tokens is dense for a text.
-    """
-    train = config.train
-    sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    per_sequence = config.injection.max_per_128_tokens * math.ceil(config.data.max_seq_length / 128)
-    if config.decoding.enabled and config.decoding.mentions == "all":
-        per_sequence = max(per_sequence, config.data.max_seq_length // 4)
-    return sequences * 2 * per_sequence
-
-
-IMPORTANCE_AUTO_LIMIT = 200_000  # spans that are scored at start-up without being asked to
-
-
-def ensure_importance(model, config: Config, data_dir: Path, manifest: dict, world, group) -> None:
-    """Scores the training mentions with the initial model (Eq. 1) if nobody has yet.
-
-    Raises:
-        DataError: the corpus is too large to be scored on the way; names the command that does.
-    """
-    # Every selection needs the scores: they rank the mentions under the cap.
-    needed = config.injection.form != "none" or config.memory.enabled or config.decoding.enabled
-    path = data_dir / "tables" / "importance.json"  # written by scoring, and only then
-    if not needed or gather_objects(path.exists(), group)[0]:
-        return
-    spans = manifest["splits"]["train"]["spans"]
-    if spans > IMPORTANCE_AUTO_LIMIT:
-        raise DataError(
-            f"{data_dir} is not scored: score its {spans} mentions first, "
-            f"python launch/prepare.py score --output {data_dir} --model MODEL_DIR"
-        )
-    from trelm_ds.knowledge.importance import score_importance
-
-    logger.info("scoring %d mentions with the initial model (Eq. 1), once", spans)
-    score_importance(model, data_dir, rank=world.rank, world_size=world.size, group=group)
-
-
-INDEX_AUTO_LIMIT = 2_000_000  # samples that are indexed at start-up without being asked to
-
-
-def ensure_entity_samples(
-    config: Config, data_dir: Path, manifest: dict, world, group
-) -> EntitySamples | None:
-    """The samples of each entity, if the sampling needs them; indexed if nobody has yet.
-
-    Raises:
-        DataError: the corpus is too large to be indexed on the way; names the command that does.
-    """
-    if config.sampling.form == "natural":
-        return None
-    samples = manifest["splits"]["train"]["samples"]
-    problem = None
-    # One rank per machine, because the folder may be a copy on its disk.
-    if world.local_rank == 0 and not is_indexed(data_dir, manifest):
-        if samples > INDEX_AUTO_LIMIT:
-            problem = (
-                f"{data_dir}: index its {samples} samples by entity first, "
-                f"python launch/prepare.py index --output {data_dir}"
-            )
-        else:
-            logger.info("indexing %d samples by entity, once", samples)
-            try:
-                index_entity_samples(data_dir)
-            except (DataError, OSError) as error:
-                problem = str(error)
-    problems = [p for p in gather_objects(problem, group) if p]  # all ranks stop, or none
-    if problems:
-        raise DataError(problems[0])
-    return EntitySamples.load(data_dir)
-
-
-def describe_run(config: Config, ds_config: dict, world_size: int, model, num_keys: int) -> str:
-    """The report of ``--dry_run``: configuration, batch arithmetic, parameters, memory estimate."""
-    train = config.train
-    bf16 = ds_config["bf16"]["enabled"]
-    stage = engines.zero_stage(ds_config)
-    counts = model.parameter_counts()
-    micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    estimate = estimate_memory(config, counts, stage, world_size, bf16, model, num_keys)
-    lines = [
-        json.dumps(config.to_dict(), indent=2),
-        f"batch: {micro} sequences x {accumulation} accumulation x {world_size} ranks = "
-        f"{micro * accumulation * world_size} per step, {train.max_steps} steps",
-        f"parameters: {counts['total']:,} total, {counts['trained']:,} trained, "
-        f"{counts['routed']:,} in routed FFNs (of which {config.routing.kept_fraction:.1%} a step)"
-        if config.routing.form not in ("none", "frozen")
-        else f"parameters: {counts['total']:,} total, {counts['trained']:,} trained, 0 routed",
-        f"memory per rank (ZeRO {stage}, {'bf16' if bf16 else 'fp32'}): "
-        + ", ".join(f"{name} {value / 2**20:,.1f} MiB" for name, value in estimate.items())
-        + f"; sum {sum(estimate.values()) / 2**30:.2f} GiB",
-    ]
-    return "\n".join(lines)
-
-
-def estimate_memory(
-    config: Config, counts: dict, stage: int, world_size: int, bf16: bool, model, num_keys: int
-) -> dict[str, float]:
-    """Bytes per rank by part; activations are an upper estimate of the stored tensors."""
-    width = 2 if bf16 else 4
-    total, trained = counts["total"], counts["trained"]
-    hf = model.backbone.config
-    tokens = config.train.per_device_train_batch_size * config.data.max_seq_length
-    per_token_layer = 12 * hf.hidden_size + 2 * hf.intermediate_size
-    layers = hf.num_hidden_layers
-    if config.model.gradient_checkpointing:
-        stored = tokens * (layers * hf.hidden_size + per_token_layer)
-    else:
-        stored = tokens * layers * per_token_layer
-    masked = math.ceil(tokens * config.data.mlm_probability)
-    bank = 0
-    if config.memory.enabled:
-        parts = required_bytes(num_keys, hf.hidden_size, world_size, mentions_per_step(config))
-        bank = sum(parts.values())
-    master = 4 * trained if (bf16 or stage > 0) else 0
-    return {
-        "weights": width * total / (world_size if stage == 3 else 1),
-        "gradients": width * trained / (world_size if stage >= 2 else 1),
-        "optimizer": (8 * trained + master) / (world_size if stage >= 1 else 1),
-        "activations": width * stored + 4 * masked * hf.vocab_size * 2,
-        "memory bank": bank,
-    }

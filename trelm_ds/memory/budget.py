@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from trelm_ds.config import Config
 from trelm_ds.errors import ConfigError
 from trelm_ds.memory.shard_files import FILE_BYTES
 
@@ -61,3 +64,16 @@ def require_memory(
         f"memory.max_gib: {max_gib:g} GiB allowed, but a bank of {num_keys} keys x {hidden_size} "
         f"needs {needed / 2**30:.2f} GiB on each of {world_size} ranks:\n" + "\n".join(lines)
     )
+
+
+def mentions_per_step(config: Config) -> int:
+    """Most mentions a rank handles in an optimizer step: the cap K, and as many long-tail words.
+
+    With ``decoding.mentions: all`` there is no cap, and one in four tokens is dense for a text.
+    """
+    train = config.train
+    sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    per_sequence = config.injection.max_per_128_tokens * math.ceil(config.data.max_seq_length / 128)
+    if config.decoding.enabled and config.decoding.mentions == "all":
+        per_sequence = max(per_sequence, config.data.max_seq_length // 4)
+    return sequences * 2 * per_sequence

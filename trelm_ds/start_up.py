@@ -1,0 +1,72 @@
+"""Tables of a data folder that a run makes itself where nobody has."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from trelm_ds.config import Config
+from trelm_ds.distributed import gather_objects
+from trelm_ds.errors import DataError
+from trelm_ds.knowledge.entity_samples import EntitySamples, index_entity_samples, is_indexed
+
+logger = logging.getLogger(__name__)
+
+IMPORTANCE_AUTO_LIMIT = 200_000  # spans that are scored at start-up without being asked to
+
+
+def ensure_importance(model, config: Config, data_dir: Path, manifest: dict, world, group) -> None:
+    """Scores the training mentions with the initial model (Eq. 1) if nobody has yet.
+
+    Raises:
+        DataError: the corpus is too large to be scored on the way; names the command that does.
+    """
+    # Every selection needs the scores: they rank the mentions under the cap.
+    needed = config.injection.form != "none" or config.memory.enabled or config.decoding.enabled
+    path = data_dir / "tables" / "importance.json"  # written by scoring, and only then
+    if not needed or gather_objects(path.exists(), group)[0]:
+        return
+    spans = manifest["splits"]["train"]["spans"]
+    if spans > IMPORTANCE_AUTO_LIMIT:
+        raise DataError(
+            f"{data_dir} is not scored: score its {spans} mentions first, "
+            f"python launch/prepare.py score --output {data_dir} --model MODEL_DIR"
+        )
+    from trelm_ds.knowledge.importance import score_importance
+
+    logger.info("scoring %d mentions with the initial model (Eq. 1), once", spans)
+    score_importance(model, data_dir, rank=world.rank, world_size=world.size, group=group)
+
+
+INDEX_AUTO_LIMIT = 2_000_000  # samples that are indexed at start-up without being asked to
+
+
+def ensure_entity_samples(
+    config: Config, data_dir: Path, manifest: dict, world, group
+) -> EntitySamples | None:
+    """The samples of each entity, if the sampling needs them; indexed if nobody has yet.
+
+    Raises:
+        DataError: the corpus is too large to be indexed on the way; names the command that does.
+    """
+    if config.sampling.form == "natural":
+        return None
+    samples = manifest["splits"]["train"]["samples"]
+    problem = None
+    # One rank per machine, because the folder may be a copy on its disk.
+    if world.local_rank == 0 and not is_indexed(data_dir, manifest):
+        if samples > INDEX_AUTO_LIMIT:
+            problem = (
+                f"{data_dir}: index its {samples} samples by entity first, "
+                f"python launch/prepare.py index --output {data_dir}"
+            )
+        else:
+            logger.info("indexing %d samples by entity, once", samples)
+            try:
+                index_entity_samples(data_dir)
+            except (DataError, OSError) as error:
+                problem = str(error)
+    problems = [p for p in gather_objects(problem, group) if p]  # all ranks stop, or none
+    if problems:
+        raise DataError(problems[0])
+    return EntitySamples.load(data_dir)
