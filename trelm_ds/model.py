@@ -565,12 +565,15 @@ class TrelmModel(MaskedLanguageModel):
         decoded = self.decoder(pooled, relation, tokens.shape[1])
         valid = tokens >= 0
         gold = tokens.clamp(min=0)
+        # One lookup: each has a gradient of the whole table's size to zero, fill and add up.
+        looked_up = self.word_embeddings(torch.cat([gold.flatten(), batch.negatives]))
+        gold_embeddings, negative_embeddings = looked_up.split([gold.numel(), len(batch.negatives)])
         log_p = gold_log_probability(
             decoded,
             gold,
-            self.word_embeddings(gold),
+            gold_embeddings.view(*gold.shape, self.hidden_size),
             batch.negatives,
-            self.word_embeddings(batch.negatives),
+            negative_embeddings,
             self.prior,
         )
         return decoded, log_p * valid, valid
