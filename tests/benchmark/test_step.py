@@ -95,11 +95,14 @@ def test_command_writes_json_and_figure(tmp_path, capsys):
     path = tmp_path / "step.json"
     shape = "--num_hidden_layers 1 --hidden_size 16 --num_attention_heads 2 --vocab_size 99"
     shape += " --intermediate_size 32 --sequence_length 16 --batch_size 2 --rounds 1"
-    argv = ["step", "--json", str(path), "--arms", "block.25", "--device", "cpu", *shape.split()]
-    assert main([*argv, "--no_peak_memory"]) == 0
+    argv = ["step", "--json", str(path), "--device", "cpu", *shape.split()]
+    assert main([*argv, "--arms", "block.25", "--no_peak_memory"]) == 0
     result = json.loads(path.read_text())
     assert result["kind"] == "step" and len(result["rows"]) == 2
+    assert result["rows"][0]["peak_memory_mib"] is None
     assert path.with_suffix(".png").stat().st_size > 1000
     assert "| block.25 |" in capsys.readouterr().out
+    assert main([*argv, "--arms", "dense"]) == 0  # takes two steps in a process of its own
+    assert json.loads(path.read_text())["rows"][0]["peak_memory_mib"] > 100
     assert main(["step", "--arms", "nothing"]) == 2
     assert "none of" in capsys.readouterr().err

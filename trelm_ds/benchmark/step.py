@@ -399,14 +399,14 @@ def measure(
             return None
     rotation = {arm.name: arm.rotation_seconds() for arm in states}
     configs = {arm.name: arm.config for arm in states}
-    dense_flops = bench.flops(configs[BASELINE]).total
+    flops = {name: bench.flops(config).total for name, config in configs.items()}
     peak = peak_flops(device)
     model_flops = training_flops(
         bench.model.backbone.config, bench.tokens, bench.masked, shapes.sequence_length
     )
     del states
     if measure_memory and device.type == "cpu":
-        del bench.model, bench.optimizer_state
+        del bench.model, bench.module, bench.optimizer_state  # room for the other processes
         memory = {name: _peak_memory_mib(shapes, name) for name in arms}
 
     def total(name: str, number: int) -> float:
@@ -437,7 +437,7 @@ def measure(
                 "ratio_to_dense": statistics.median(ratios),
                 "ratio_low": ratios[0],
                 "ratio_high": ratios[-1],
-                "predicted_ratio": bench.flops(configs[name]).total / dense_flops,
+                "predicted_ratio": flops[name] / flops[BASELINE],
                 "peak_memory_mib": memory.get(name),
                 # of the dense step's arithmetic, whatever the arm leaves out
                 "mfu": model_flops / step / peak,
