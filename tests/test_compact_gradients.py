@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from multiprocess import run_ranks
+from plain_ffn import FFN
 from torch import nn
 
 from trelm_ds.optim import WHOLE, PathAdamW
@@ -42,19 +43,6 @@ class Routing:
         return LayerPaths(rows)
 
 
-class FFN(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up_weight = nn.Parameter(torch.randn(F, D) * 0.3)
-        self.up_bias = nn.Parameter(torch.randn(F) * 0.1)
-        self.down_weight = nn.Parameter(torch.randn(F, D) * 0.3)
-        self.down_bias = nn.Parameter(torch.randn(D) * 0.1)
-
-    def forward(self, x):
-        hidden = nn.functional.gelu(x @ self.up_weight.t() + self.up_bias)
-        return x + hidden @ self.down_weight + self.down_bias
-
-
 class Model(nn.Module):
     """Its gradients are masked by hooks, as a routed backward leaves them."""
 
@@ -63,7 +51,7 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.routing = routing
         self.embed = nn.Linear(5, D)
-        self.ffns = nn.ModuleList(FFN() for _ in range(LAYERS))
+        self.ffns = nn.ModuleList(FFN(F, D) for _ in range(LAYERS))
         self.head = nn.Linear(D, 1)
         self.only_rank_0 = nn.Parameter(torch.ones(3))
         for layer, kind, p in self.routed():

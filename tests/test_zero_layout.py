@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from multiprocess import run_ranks
+from plain_ffn import FFN
 from torch import nn
 from zero_state import full_state
 
@@ -35,24 +36,11 @@ CASES = {
 NAMES = ("param", "exp_avg", "exp_avg_sq")
 
 
-class FFN(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up_weight = nn.Parameter(torch.randn(F, D) * 0.3)
-        self.up_bias = nn.Parameter(torch.randn(F) * 0.1)
-        self.down_weight = nn.Parameter(torch.randn(F, D) * 0.3)
-        self.down_bias = nn.Parameter(torch.randn(D) * 0.1)
-
-    def forward(self, x):
-        hidden = nn.functional.gelu(x @ self.up_weight.t() + self.up_bias)
-        return x + hidden @ self.down_weight + self.down_bias
-
-
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(5, D)
-        self.ffns = nn.ModuleList(FFN() for _ in range(LAYERS))
+        self.ffns = nn.ModuleList(FFN(F, D) for _ in range(LAYERS))
         self.head = nn.Linear(D, 1)
 
     def forward(self, x):
