@@ -6,7 +6,13 @@ import argparse
 import logging
 
 from trelm_ds.benchmark.arms import load_table
-from trelm_ds.benchmark.options import add_study_arguments, declared_study, folder_of, made_equal
+from trelm_ds.benchmark.options import (
+    add_study_arguments,
+    declared_study,
+    ended_early,
+    folder_of,
+    made_equal,
+)
 from trelm_ds.benchmark.report import write_report
 from trelm_ds.benchmark.results import require_folder, write_result
 from trelm_ds.benchmark.study import Study
@@ -17,7 +23,7 @@ from trelm_ds.benchmark.targets import (
     equal_time_rows,
     paired_ratios,
 )
-from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from trelm_ds.errors import EXIT_DONE, ConfigError
 from trelm_ds.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -62,17 +68,9 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     study = declared_study(args, arms)
     for key in made_equal(study):
         logger.warning("--set %s makes equal what the arms differ in", key)
-    if args.plan:
-        print("\n".join(study.plan()))
-        return EXIT_DONE
-    if not study.run(
-        stop,
-        parallel=args.parallel,
-        deepspeed=args.deepspeed,
-        keep_checkpoints=args.keep_checkpoints,
-    ):
-        logger.info("stopped; the same command goes on")
-        return EXIT_STOPPED
+    code = ended_early(study, args, stop)
+    if code is not None:
+        return code
     chosen, every = study.results()
     best = study.best_rates()
     headline = {m.key: better_baseline(chosen, baselines, m) for m in METRICS}

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import statistics
 import time
 from pathlib import Path
 
 import torch
 from torch.optim.adamw import adamw
 
-from trelm_ds.benchmark.results import require_folder, write_result
+from trelm_ds.benchmark.results import require_folder, timing_rows, write_result
 from trelm_ds.errors import EXIT_STOPPED
 from trelm_ds.ops import load_kernels, masked_adamw_
 
@@ -86,18 +85,9 @@ def run(args: argparse.Namespace, stop) -> int:
             if turn >= WARM_UP:
                 times[name].append((time.perf_counter() - begin) * 1e3)
 
-    table = []
-    for name, values in times.items():
-        ratios = [a / b for a, b in zip(values, times[FUSED], strict=True)]
-        table.append(
-            {
-                "arm": name,
-                "min_ms": round(min(values), 3),
-                "median_ms": round(statistics.median(values), 3),
-                "median_ratio": round(statistics.median(ratios), 3),
-            }
-        )
-        logger.info("%-30s min %8.3f ms  median %8.3f ms  ratio %.3f", *table[-1].values())
+    table = timing_rows(times, FUSED)
+    for row in table:
+        logger.info("%-30s min %8.3f ms  median %8.3f ms  ratio %.3f", *row.values())
     if args.json:
         write_result(
             *(args.json, "masked-adamw", table),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from trelm_ds.arguments import add_config_flags, given_config_flags
 from trelm_ds.benchmark.arms import Arm
 from trelm_ds.benchmark.study import SELECT_BY, Budget, Study
 from trelm_ds.config import Config, parse_assignment
-from trelm_ds.errors import ConfigError
+from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trelm_ds.pretrain import SAMPLE_DIR, ensure_sample
+from trelm_ds.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
 
 # Keys that are the study's own, under flags of its own.
 OWN = {
@@ -87,6 +91,22 @@ def declared_study(args: argparse.Namespace, arms: Sequence[Arm]) -> Study:
         settings,
         args.select_by,
     )
+
+
+def ended_early(study: Study, args: argparse.Namespace, stop: StopRequest) -> int | None:
+    """Prints the plan or runs the study; the exit code if there is nothing to report, else None."""
+    if args.plan:
+        print("\n".join(study.plan()))
+        return EXIT_DONE
+    if study.run(
+        stop,
+        parallel=args.parallel,
+        deepspeed=args.deepspeed,
+        keep_checkpoints=args.keep_checkpoints,
+    ):
+        return None
+    logger.info("stopped; the same command goes on")
+    return EXIT_STOPPED
 
 
 def made_equal(study: Study) -> list[str]:

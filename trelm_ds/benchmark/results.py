@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import statistics
 from pathlib import Path
 
 from trelm_ds import environment
@@ -50,6 +51,26 @@ def write_result(path: str | Path, kind: str, rows: list[dict], **more) -> dict:
     result = header(kind) | {"rows": rows} | more
     write_json(path, result)
     return result
+
+
+def timing_rows(times: dict[str, list[float]], baseline: str) -> list[dict]:
+    """A row an arm: ``min_ms``, ``median_ms`` and the median of its paired ratios to ``baseline``.
+
+    Args:
+        times: milliseconds of each arm, one a turn.
+    """
+    rows = []
+    for arm, values in times.items():
+        ratios = [a / b for a, b in zip(values, times[baseline], strict=True)]
+        rows.append(
+            {
+                "arm": arm,
+                "min_ms": round(min(values), 3),
+                "median_ms": round(statistics.median(values), 3),
+                "median_ratio": round(statistics.median(ratios), 3),
+            }
+        )
+    return rows
 
 
 def read_result(path: str | Path) -> dict:

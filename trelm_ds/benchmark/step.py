@@ -171,6 +171,8 @@ class _Arm:
         ).routing
         self.step = 0
         self.context = RoutingContext()
+        apply_scope(bench.model, self.config)
+        self.trains = [(p, p.requires_grad) for p in bench.model.parameters()]
         self.activate()
         self.routing = RoutingController(
             *(self.config, bench.model.ffns, self.context),
@@ -192,7 +194,7 @@ class _Arm:
         for group in self.optimizer.param_groups:
             group["params"] = [bench.master(p) for p in group["params"]]
         self.optimizer.bind(fragments if routed else (), self.routing)
-        self.trained = [p for p in bench.model.parameters() if p.requires_grad]
+        self.trained = [p for p, trains in self.trains if trains]
         self.compact = None
         if self.config.compact_gradients:
             routed = list(bench.model.routed_parameters())
@@ -201,7 +203,8 @@ class _Arm:
     def activate(self) -> None:
         """Makes the shared model this arm's."""
         model = self.bench.model
-        apply_scope(model, self.config)
+        for parameter, trains in self.trains:
+            parameter.requires_grad_(trains)
         model.routing_context = self.context
         for ffn in model.ffns:
             ffn.context = self.context

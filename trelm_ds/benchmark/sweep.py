@@ -7,11 +7,11 @@ import logging
 
 from trelm_ds.benchmark.arms import Arm, Sweep, load_table
 from trelm_ds.benchmark.convergence import declaration
-from trelm_ds.benchmark.options import add_study_arguments, declared_study, folder_of
+from trelm_ds.benchmark.options import add_study_arguments, declared_study, ended_early, folder_of
 from trelm_ds.benchmark.report import write_sweep_report
 from trelm_ds.benchmark.results import require_folder, write_result
 from trelm_ds.config import known_keys, nearest_key
-from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from trelm_ds.errors import EXIT_DONE, ConfigError
 from trelm_ds.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -69,17 +69,9 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     study = declared_study(args, arms)
     if sweep.key in study.settings:
         raise ConfigError(f"--set {sweep.key}: it is what is swept")
-    if args.plan:
-        print("\n".join(study.plan()))
-        return EXIT_DONE
-    if not study.run(
-        stop,
-        parallel=args.parallel,
-        deepspeed=args.deepspeed,
-        keep_checkpoints=args.keep_checkpoints,
-    ):
-        logger.info("stopped; the same command goes on")
-        return EXIT_STOPPED
+    code = ended_early(study, args, stop)
+    if code is not None:
+        return code
     chosen, _ = study.results()
     rows = [_row(result, args.method, values[result["arm"]]) for result in chosen]
     path = args.json or study.folder / "sweep.json"

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import statistics
 import time
 from pathlib import Path
 
 import torch
 
-from trelm_ds.benchmark.results import require_folder, write_result
+from trelm_ds.benchmark.results import require_folder, timing_rows, write_result
 from trelm_ds.config import build_config
 from trelm_ds.data.loader import StepLoader
 from trelm_ds.errors import EXIT_STOPPED, TrelmError
@@ -85,18 +84,9 @@ def run(args: argparse.Namespace, stop) -> int:
             tokens, places = tokens + counts["tokens"], places + batch.input_ids.numel()
     batches.close()
 
-    table = []
-    for arm, values in times.items():
-        ratios = [a / b for a, b in zip(values, times["padded"], strict=True)]
-        table.append(
-            {
-                "arm": arm,
-                "min_ms": round(min(values), 3),
-                "median_ms": round(statistics.median(values), 3),
-                "median_ratio": round(statistics.median(ratios), 3),
-            }
-        )
-        logger.info("%-10s min %8.1f ms  median %8.1f ms  ratio %.3f", *table[-1].values())
+    table = timing_rows(times, "padded")
+    for row in table:
+        logger.info("%-10s min %8.1f ms  median %8.1f ms  ratio %.3f", *row.values())
     pads = round(1 - tokens / places, 3)
     logger.info("pads: %.3f of all places", pads)
     if args.json:
