@@ -246,15 +246,14 @@ class Trainer:
     def _build_bank(self) -> MemoryBank | None:
         if not self.config.memory.enabled:
             return None
-        settings = self.config
         require_memory(
             self.loader.num_keys,
             self.model.hidden_size,
             self.world.size,
-            mentions_per_step(settings),
-            settings.memory.max_gib,
+            mentions_per_step(self.config),
+            self.config.memory.max_gib,
         )
-        on_cpu = settings.memory.device == "cpu" or self.device.type == "cpu"
+        on_cpu = self.config.memory.device == "cpu" or self.device.type == "cpu"
         bank = MemoryBank(
             self.loader.num_keys,
             self.model.hidden_size,

@@ -80,7 +80,10 @@ class _RoutedFFNFunction(torch.autograd.Function):
 
             def weight_grads():
                 routing.select_from(layer, pending)
-                return _path_weight_grads(routing.paths[layer], x, activation, grad, grad_hidden)
+                needed = (True, True, True)
+                return _weight_grads(
+                    routing.paths[layer], x, activation, grad, grad_hidden, None, needed
+                )
 
             ctx.deferred.compute = weight_grads
             grad_down_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
@@ -102,23 +105,12 @@ class _RoutedFFNFunction(torch.autograd.Function):
             path_grad = ffn.activation_backward(path_grad, paths.take(hidden, 1))
             grad_x = path_grad @ paths.take(up_weight, 0) if ctx.needs_input_grad[0] else None
 
-        grad_up = grad_up_bias = grad_down = grad_down_bias = None
-        size = len(up_weight)
-        gathered = paths.start is None and paths.inputs is None  # else views, or columns too
-        if ctx.needs_input_grad[1]:
-            if exact and gathered:
-                grad_up = ops.path_weight_grad(grad_hidden, x, paths.rows)
-            else:
-                left = paths.take(grad_hidden, 1) if exact else path_grad
-                grad_up = paths.weight_grad(left, x, paths.inputs, size)
-        if ctx.needs_input_grad[2]:
-            rows_grad = (paths.take(grad_hidden, 1) if exact else path_grad).sum(0)
-            grad_up_bias = grad.new_zeros(size).index_copy_(0, paths.rows, rows_grad)
-        if ctx.needs_input_grad[3]:
-            if gathered:
-                grad_down = ops.path_weight_grad(activation, grad, paths.rows)
-            else:
-                grad_down = paths.weight_grad(paths.take(activation, 1), grad, paths.outputs, size)
+        grad_up, grad_up_bias, grad_down = _weight_grads(
+            *(paths, x, activation, grad),
+            *((grad_hidden, None) if exact else (None, path_grad)),
+            ctx.needs_input_grad[1:4],
+        )
+        grad_down_bias = None
         if ctx.needs_input_grad[4]:
             grad_down_bias = grad.sum(0)
             if paths.outputs is not None:
@@ -128,15 +120,32 @@ class _RoutedFFNFunction(torch.autograd.Function):
         return grad_x, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None
 
 
-def _path_weight_grads(paths, x, activation, grad, grad_hidden):
-    """dW1, db1, dW2 on scattered paths of whole neurons, zeros elsewhere."""
-    grad_up_bias = grad_hidden.new_zeros(grad_hidden.shape[1])
-    grad_up_bias.index_copy_(0, paths.rows, paths.take(grad_hidden, 1).sum(0))
-    return (
-        ops.path_weight_grad(grad_hidden, x, paths.rows),
-        grad_up_bias,
-        ops.path_weight_grad(activation, grad, paths.rows),
-    )
+def _weight_grads(paths, x, activation, grad, grad_hidden, path_grad, needed):
+    """dW1, db1, dW2 on the paths, zeros elsewhere; None where it is not ``needed``.
+
+    Args:
+        grad_hidden: dL/dH of every neuron [N, f], or None.
+        path_grad: without it, dL/dH of the path's neurons [N, k].
+    """
+    grad_up = grad_up_bias = grad_down = None
+    size = activation.shape[1]
+    exact = grad_hidden is not None
+    gathered = paths.start is None and paths.inputs is None  # else views, or columns too
+    if needed[0]:
+        if exact and gathered:
+            grad_up = ops.path_weight_grad(grad_hidden, x, paths.rows)
+        else:
+            left = paths.take(grad_hidden, 1) if exact else path_grad
+            grad_up = paths.weight_grad(left, x, paths.inputs, size)
+    if needed[1]:
+        rows_grad = (paths.take(grad_hidden, 1) if exact else path_grad).sum(0)
+        grad_up_bias = grad.new_zeros(size).index_copy_(0, paths.rows, rows_grad)
+    if needed[2]:
+        if gathered:
+            grad_down = ops.path_weight_grad(activation, grad, paths.rows)
+        else:
+            grad_down = paths.weight_grad(paths.take(activation, 1), grad, paths.outputs, size)
+    return grad_up, grad_up_bias, grad_down
 
 
 class _Deferred:
