@@ -16,7 +16,7 @@ from torch import nn
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.distributed import gather_vector
 from trelm_ds.errors import DataError
-from trelm_ds.losses import mlm_loss_sum
+from trelm_ds.losses import mlm_losses
 from trelm_ds.model import max_positions
 
 MASK = "[MASK]"  # what probe files write, whatever the tokenizer's mask token
@@ -76,7 +76,7 @@ def heldout_mlm_loss(
                 continue
             batch = batches[i].to(device)
             logits = model.mlm_logits(batch.input_ids, batch.attention_mask, batch.mlm_positions)
-            total[0] += mlm_loss_sum(logits, batch.mlm_labels).double().cpu()
+            total[0] += mlm_losses(logits, batch.mlm_labels).double().sum().cpu()
             total[1] += len(batch.mlm_labels)
     loss, tokens = gather_vector(total.tolist(), group).sum(0).tolist()
     return (loss / tokens if tokens else math.nan), int(tokens)

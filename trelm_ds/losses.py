@@ -31,31 +31,27 @@ class TokenPrior(nn.Module):
         return self.log_q[tokens]
 
 
-def mlm_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over the masked positions, in float32.
+def mlm_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """-log P(token) at each masked position, in float32.
 
     Args:
         logits: float [K, vocabulary], of the masked positions only.
         labels: int64 [K].
     Returns:
-        float32 scalar; 0, still connected to ``logits``, when K is 0.
+        float32 [K]; empty, still connected to ``logits``, when K is 0.
     """
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def mlm_split_sums(
-    logits: torch.Tensor, labels: torch.Tensor, is_object: torch.Tensor
-) -> torch.Tensor:
-    """Cross-entropy summed over text targets and over object targets, in float32.
+def mlm_split_sums(losses: torch.Tensor, is_object: torch.Tensor) -> torch.Tensor:
+    """Losses summed over text targets and over object targets.
 
     Args:
-        logits: float [K, vocabulary], of the masked positions only.
-        labels: int64 [K].
+        losses: float32 [K], ``mlm_losses``.
         is_object: bool [K], tokens of entity mentions masked whole.
     Returns:
-        float32 [2]: text, objects; 0, still connected to ``logits``, for a side without targets.
+        float32 [2]: text, objects; 0, still connected, for a side without targets.
     """
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")
     return torch.stack([losses.masked_fill(side, 0.0).sum() for side in (is_object, ~is_object)])
 
 
@@ -74,23 +70,20 @@ def split_weights(share: float, text: float, objects: float) -> tuple[float, flo
 
 @torch.no_grad()
 def mention_probability(
-    logits: torch.Tensor, labels: torch.Tensor, group: torch.Tensor, num_groups: int
+    losses: torch.Tensor, group: torch.Tensor, num_groups: int
 ) -> torch.Tensor:
     """p(gold) of every mention that was masked whole: the mean over its masked tokens.
 
     Args:
-        logits: float [K, vocabulary], of the masked positions.
-        labels: int64 [K].
+        losses: float32 [K], ``mlm_losses``.
         group: int64 [K], the mention of each position; -1: text.
         num_groups: G; each mention has a position.
     Returns:
         float32 [G] in [0, 1], bit by bit the same in any order of the positions.
     """
-    logits = logits.detach().float()
-    log_p = logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(1)
     # Whole numbers of 2^-40 add up exactly, so a GPU's order of adding does not matter. Text goes
     # to one entry more.
-    whole = (log_p.exp().clamp(max=1.0).double() * 2.0**40).round().long()
+    whole = (losses.neg().exp().clamp(max=1.0).double() * 2.0**40).round().long()
     place = torch.where(group < 0, num_groups, group)
     sums = whole.new_zeros(num_groups + 1).index_add_(0, place, whole)
     counts = whole.new_zeros(num_groups + 1).index_add_(0, place, torch.ones_like(whole))

@@ -32,7 +32,7 @@ from trelm_ds.losses import (
     entity_scores,
     gold_log_probability,
     mention_probability,
-    mlm_loss_sum,
+    mlm_losses,
     mlm_split_sums,
     split_weights,
     total_loss,
@@ -498,21 +498,20 @@ class TrelmModel(MaskedLanguageModel):
         embeds = self._embed(batch, memory, memory_weight)
         states = encode(self.backbone, embeds, batch.attention_mask, packing)
         logits = mlm_head(self.backbone)(states.flatten(0, 1)[batch.mlm_positions])
+        losses = mlm_losses(logits, batch.mlm_labels)
         share = self.config.train.object_loss_share
         if share is None:
-            mlm = mlm_loss_sum(logits, batch.mlm_labels) / (normalizers.mlm or 1.0)
+            mlm = losses.sum() / (normalizers.mlm or 1.0)
             mlm_sums = mlm.new_zeros(2)
         else:
-            sums = mlm_split_sums(logits, batch.mlm_labels, batch.mlm_mention >= 0)
+            sums = mlm_split_sums(losses, batch.mlm_mention >= 0)
             text, objects = split_weights(share, normalizers.text, normalizers.objects)
             mlm = text * sums[0] + objects * sums[1]
             mlm_sums = sums.detach()
         entity_sums = mlm.new_zeros(2)
         known = mlm.new_zeros(0)
         if self.config.sampling.form == "knowledge_state":
-            known = mention_probability(
-                logits, batch.mlm_labels, batch.mlm_mention_group, batch.num_mlm_mentions
-            )
+            known = mention_probability(losses, batch.mlm_mention_group, batch.num_mlm_mentions)
         if self.decoder is None:
             loss, cka = mlm, torch.zeros_like(mlm)
             gold_probability = mlm.new_zeros(len(batch.decode_mention))

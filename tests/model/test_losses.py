@@ -10,7 +10,7 @@ from trelm_ds.losses import (
     entity_scores,
     gold_log_probability,
     mention_probability,
-    mlm_loss_sum,
+    mlm_losses,
     mlm_split_sums,
     split_weights,
     total_loss,
@@ -24,37 +24,38 @@ def test_mlm_loss_is_the_sum_over_masked_positions():
     expected = 0.0
     for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
         expected -= math.log(math.exp(row[label]) / sum(math.exp(x) for x in row))
-    assert mlm_loss_sum(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+    assert mlm_losses(logits, labels).sum().item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_probability_of_a_mention_is_the_mean_over_its_tokens():
     torch.manual_seed(0)
     logits, labels = torch.randn(7, 11, requires_grad=True), torch.tensor([3, 0, 10, 3, 7, 1, 1])
     group = torch.tensor([-1, 0, 0, 1, -1, 2, 2])
-    found = mention_probability(logits, labels, group, 3)
+    losses = mlm_losses(logits, labels)
+    found = mention_probability(losses, group, 3)
     p = logits.detach().softmax(1)
     expected = [(p[1, 0] + p[2, 10]) / 2, p[3, 3], (p[5, 1] + p[6, 1]) / 2]
     torch.testing.assert_close(found, torch.stack(expected))
     assert found.dtype == torch.float32 and not found.requires_grad
     order = torch.tensor([6, 1, 3, 0, 2, 5, 4])
-    again = mention_probability(logits[order], labels[order], group[order], 3)
+    again = mention_probability(losses[order], group[order], 3)
     assert torch.equal(again, found)
-    assert mention_probability(logits[:1], labels[:1], group[:1], 0).shape == (0,)
-    assert mention_probability(logits[:0], labels[:0], group[:0], 0).shape == (0,)
+    assert mention_probability(losses[:1], group[:1], 0).shape == (0,)
+    assert mention_probability(losses[:0], group[:0], 0).shape == (0,)
 
 
 def test_mlm_loss_is_float32_for_bf16_logits():
     torch.manual_seed(0)
     logits = torch.randn(7, 1000).bfloat16()
     labels = torch.arange(7)
-    loss = mlm_loss_sum(logits, labels)
+    loss = mlm_losses(logits, labels)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, mlm_loss_sum(logits.float(), labels), rtol=0, atol=0)
+    torch.testing.assert_close(loss, mlm_losses(logits.float(), labels), rtol=0, atol=0)
 
 
 def test_mlm_loss_without_targets_is_zero_and_connected():
     logits = torch.zeros(0, 11, requires_grad=True)
-    loss = mlm_loss_sum(logits, torch.zeros(0, dtype=torch.int64))
+    loss = mlm_losses(logits, torch.zeros(0, dtype=torch.int64)).sum()
     assert loss.item() == 0
     loss.backward()
     assert logits.grad is not None
@@ -66,7 +67,7 @@ def test_the_split_of_text_and_objects_against_a_loop(objects):
     logits = torch.randn(5, 11, requires_grad=True)
     labels = torch.tensor([3, 0, 10, 3, 7])
     is_object = torch.tensor([i in objects for i in range(5)])
-    sums = mlm_split_sums(logits, labels, is_object)
+    sums = mlm_split_sums(mlm_losses(logits, labels), is_object)
     each = [-logits[i].log_softmax(0)[labels[i]].item() for i in range(5)]
     text = [x for i, x in enumerate(each) if i not in objects]
     of_objects = [x for i, x in enumerate(each) if i in objects]
@@ -86,7 +87,7 @@ def test_the_split_of_no_targets_is_zero_and_connected():
     logits = torch.zeros(0, 11, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)
     weights = split_weights(0.3, 0.0, 0.0)
-    loss = (mlm_split_sums(logits, none, none > 0) * torch.tensor(weights)).sum()
+    loss = (mlm_split_sums(mlm_losses(logits, none), none > 0) * torch.tensor(weights)).sum()
     assert loss.item() == 0
     loss.backward()
     assert logits.grad is not None
