@@ -69,9 +69,7 @@ def split_weights(share: float, text: float, objects: float) -> tuple[float, flo
 
 
 @torch.no_grad()
-def mention_probability(
-    losses: torch.Tensor, group: torch.Tensor, num_groups: int
-) -> torch.Tensor:
+def mention_probability(losses: torch.Tensor, group: torch.Tensor, num_groups: int) -> torch.Tensor:
     """p(gold) of every mention that was masked whole: the mean over its masked tokens.
 
     Args:

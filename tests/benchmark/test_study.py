@@ -45,10 +45,11 @@ def data(tmp_path):
 
 @pytest.fixture
 def study(tmp_path, data, starts):
-    def build(rates=(0.001, 0.002), seeds=(1, 2), arms=ARMS, steps=4, **settings):
+    def build(rates=(0.001, 0.002), seeds=(1, 2), arms=ARMS, steps=(4,), **settings):
+        budgets = [Budget(steps=n) for n in steps]
         flat = {key.replace("__", "."): value for key, value in settings.items()}
         flat["data.data_dir"] = str(data)
-        return Study(tmp_path / "study", arms, rates, seeds, Budget(steps=steps), flat)
+        return Study(tmp_path / "study", arms, rates, seeds, budgets, flat)
 
     return build
 
@@ -98,7 +99,7 @@ def run_file(study, name):
 
 def test_a_stopped_study_resumes_its_half_finished_run(study, starts, monkeypatch):
     monkeypatch.setenv("FAKE_STEP_S", "0.05")
-    declared = study(steps=200)
+    declared = study(steps=(200,))
     stop = StopRequest()
     metrics = run_file(declared, "a/lr_0.001/seed_1/metrics.jsonl")
 
@@ -119,7 +120,7 @@ def test_a_stopped_study_resumes_its_half_finished_run(study, starts, monkeypatc
     reached = int(run_file(declared, "a/lr_0.001/seed_1/checkpoints/state").read_text())
     assert 3 <= reached < 200
     monkeypatch.setenv("FAKE_STEP_S", "0")
-    assert study(steps=200).run(StopRequest())
+    assert study(steps=(200,)).run(StopRequest())
     assert starts()[:2] == ["a/lr_0.001/seed_1"] * 2 and len(starts()) == 7
     rows = runner.read_history(metrics)
     assert len(rows) == 201 + 1  # went on at the step it had reached, not at the start
@@ -141,9 +142,9 @@ def test_a_run_that_somebody_stops_stops_the_study(study, starts, monkeypatch):
         return process
 
     monkeypatch.setattr(runner.Runner, "_start", start_and_terminate)
-    assert not study(steps=200).run(StopRequest())
+    assert not study(steps=(200,)).run(StopRequest())
     assert len(started) == 1
-    only = study(rates=(0.001,), seeds=(1,), arms=[Arm("last", "mlm")], steps=200)
+    only = study(rates=(0.001,), seeds=(1,), arms=[Arm("last", "mlm")], steps=(200,))
     assert not only.run(StopRequest())  # also where no run would have followed
 
 
@@ -152,7 +153,7 @@ def test_divergence_is_a_result_and_is_not_chosen(study, starts):
     assert declared.run(StopRequest())
     grid = {(r["arm"], r["learning_rate"]): r for r in declared.results()[1]}
     assert grid["a", 0.5]["status"] == "diverged" and "not finite" in grid["a", 0.5]["failure"]
-    assert declared.best_rates() == {"a": 0.002, "b": 0.002}
+    assert declared.best_rates() == {("a", 4): 0.002, ("b", 4): 0.002}
     before = len(starts())
     assert study(rates=(0.5, 0.002)).run(StopRequest())  # nor is it tried again
     assert len(starts()) == before
@@ -236,3 +237,36 @@ def test_collecting_reads_costs_and_skips_a_torn_line(study):
     assert result["cost"]["time/forward_s"] == pytest.approx(0.2)
     assert (result["steps"], result["time_s"]) == (15, 12.0)
     assert result["evaluations"] == rows[:1]
+
+
+def test_a_budget_that_is_added_runs_alone_with_rates_of_its_own(study, starts):
+    assert study(seeds=(1,)).run(StopRequest())
+    before = starts()
+    both = study(seeds=(1, 2), steps=(2, 4))
+    assert both.budgets[0].steps == 4
+    assert both.run(StopRequest())
+    assert starts()[len(before) :] == [
+        "a/budget_2/lr_0.001/seed_1",
+        "b/budget_2/lr_0.001/seed_1",
+        "a/budget_2/lr_0.002/seed_1",
+        "b/budget_2/lr_0.002/seed_1",
+        "a/lr_0.002/seed_2",
+        "b/lr_0.002/seed_2",
+        "a/budget_2/lr_0.002/seed_2",
+        "b/budget_2/lr_0.002/seed_2",
+    ]
+    chosen, grid = both.results()
+    assert {(r["budget"], r["steps"]) for r in chosen} == {(4, 4), (2, 2)}
+    assert len(chosen) == 8 and len(grid) == 8
+
+
+def test_budgets_of_two_kinds_or_named_twice_are_refused(study):
+    with pytest.raises(ConfigError, match="twice"):
+        study(steps=(4, 4))
+    with pytest.raises(ConfigError, match="do not compare"):
+        declared = study()
+        Study(
+            *(declared.folder, ARMS, (0.001,), (1,)),
+            [Budget(steps=4), Budget(hours=0.1)],
+            declared.settings,
+        )

@@ -13,6 +13,7 @@ from trelm_ds.benchmark.targets import (
     equal_time_rows,
     paired_ratios,
     reach,
+    reach_all,
     target_of,
 )
 
@@ -24,13 +25,13 @@ def points(*values, step=100, seconds=10.0):
     return [Point(i * step, i * seconds, v) for i, v in enumerate(values)]
 
 
-def result(arm, seed, p1, *, seconds=10.0, loss=None, rate=1e-3, step=100):
+def result(arm, seed, p1, *, seconds=10.0, loss=None, rate=1e-3, step=100, budget=400):
     loss = loss or [10.0 - i for i in range(len(p1))]
     evaluations = [
         {"step": i * step, "time_s": i * seconds, "eval/report_p1": v, "eval/mlm_loss": m}
         for i, (v, m) in enumerate(zip(p1, loss, strict=True))
     ]
-    row = {"arm": arm, "seed": seed, "learning_rate": rate, "status": "done"}
+    row = {"arm": arm, "seed": seed, "learning_rate": rate, "status": "done", "budget": budget}
     return row | {"evaluations": evaluations}
 
 
@@ -213,3 +214,88 @@ def test_equal_time_reads_every_arm_at_the_moment_the_baseline_ends():
     assert rows["slow"]["value"] == pytest.approx(0.25) and not rows["slow"]["ended"]
     assert rows["dkplm"]["value"] == rows["dkplm"]["baseline_value"] == 0.2
     assert rows["slow"]["time_s"] == 20.0
+
+
+def test_two_conditions_are_met_where_both_hold_and_not_where_each_did_once():
+    p1 = points(0.0, 0.4, 0.4, 0.1, 0.4)
+    loss = points(8.0, 8.0, 6.0, 5.0, 5.0)
+    # P@1 from 50 on, the loss from 150 on, P@1 lost again from 267 to 333.
+    found = reach_all([(p1, 0.2, True), (loss, 7.0, False)])
+    assert (found.step, found.time_s, found.value) == pytest.approx((150, 15.0, 0.4))
+    # The loss is there when P@1 has gone: both only at 333, on P@1's way back.
+    found = reach_all([(p1, 0.2, True), (loss, 5.2, False)])
+    assert (found.step, found.value) == pytest.approx((300 + 100 / 3, 0.2))
+    assert reach_all([(p1, 0.2, True), (loss, 4.9, False)]) is None
+    # Within one interval each holds for a while, never both: P@1 falls below before the loss does.
+    apart = [(points(0.3, 0.0), 0.2, True), (points(8.0, 6.0), 6.5, False)]
+    assert reach_all(apart) is None
+    assert reach_all([apart[0], (points(8.0, 6.0), 7.5, False)]).step == pytest.approx(25)
+    # Evaluations that only one of the curves has do not count.
+    assert reach_all([(p1, 0.2, True), (loss[:1] + loss[4:], 7.0, False)]).step == pytest.approx(
+        200
+    )
+
+
+def test_facts_bought_with_text_count_from_when_the_text_is_back():
+    results = [
+        result("dkplm", 1, [0.0, 0.1, 0.2], loss=[8.0, 7.0, 6.0]),
+        result("sooner", 1, [0.0, 0.3, 0.4], loss=[8.0, 7.0, 5.0]),
+        result("never", 1, [0.0, 0.3, 0.4], loss=[8.0, 9.0, 6.1]),
+    ]
+    rows = convergence_rows(results, ["dkplm"], [P1], 0.0)
+    rows = {(r["method"], r["metric"]): r for r in rows}
+    assert rows["sooner", P1.key]["steps"] == pytest.approx(200 / 3)
+    kept = rows["sooner", "eval/report_p1+text"]
+    assert kept["steps"] == pytest.approx(150) and kept["mlm_loss"] == pytest.approx(6.0)
+    assert kept["held"] and kept["target"] == pytest.approx(0.2)
+    assert rows["never", P1.key]["reached"]
+    assert not rows["never", "eval/report_p1+text"]["reached"]
+    own = rows["dkplm", "eval/report_p1+text"]
+    assert own["reached"] and own["steps"] == 200
+
+
+def test_of_several_budgets_the_first_to_get_there_counts_for_the_baseline_too():
+    long, short = dict(budget=400, loss=[8.0, 8.0, 8.0, 8.0, 6.0]), dict(budget=200)
+    results = [
+        result("dkplm", 1, [0.0, 0.0, 0.0, 0.1, 0.2], **long),
+        result("dkplm", 1, [0.0, 0.1, 0.2], loss=[8.0, 7.5, 7.0], **short),
+        result("fast", 1, [0.0, 0.0, 0.1, 0.2, 0.3], **long),
+        result("fast", 1, [0.0, 0.1, 0.4], loss=[8.0, 7.0, 5.0], **short),
+    ]
+    rows = convergence_rows(results, ["dkplm"], [LOSS, P1], 0.0)
+    rows = {(r["method"], r["metric"]): r for r in rows}
+    # The baseline reaches its long run's P@1 at the end of its short one.
+    own = rows["dkplm", P1.key]
+    assert (own["steps"], own["budget"], own["final"]) == (200, 200, 0.2)
+    assert rows["fast", P1.key]["steps"] == pytest.approx(100 + 100 / 3)
+    assert rows["fast", P1.key]["final"] == 0.3  # of the long run
+    # With the text kept only the long run of the baseline does.
+    assert rows["dkplm", "eval/report_p1+text"]["budget"] == 400
+    kept = rows["fast", "eval/report_p1+text"]
+    assert (kept["budget"], kept["steps"]) == (200, pytest.approx(150))
+    ratios = {(r["method"], r["metric"]): r for r in paired_ratios(list(rows.values()), {})}
+    assert ratios["fast", "eval/report_p1+text"]["time_ratio"] == pytest.approx(150 / 400)
+    # A run that diverged at one budget leaves the other's crossing.
+    results[3]["status"] = "diverged"
+    rows = convergence_rows(results, ["dkplm"], [P1], 0.0)
+    found = next(r for r in rows if (r["method"], r["metric"]) == ("fast", P1.key))
+    assert (found["budget"], found["steps"]) == (400, 300)
+
+
+def test_at_equal_time_the_longest_budget_that_is_over_speaks():
+    results = [
+        result("dkplm", 1, [0.0, 0.1, 0.2, 0.3, 0.4], budget=400),
+        result("slow", 1, [0.0, 0.1, 0.2, 0.3, 0.5], budget=400, seconds=15.0),
+        result("slow", 1, [0.0, 0.1, 0.25], budget=200, seconds=15.0),
+        result("slow", 1, [0.0, 0.9], budget=100, seconds=15.0),
+        result("slower", 1, [0.0, 0.1, 0.2, 0.3, 0.5], budget=400, seconds=40.0),
+        result("slower", 1, [0.0, 0.1, 0.25], budget=200, seconds=40.0),
+    ]
+    rows = {r["method"]: r for r in equal_time_rows(results, {P1.key: "dkplm"}, [P1])}
+    assert (rows["slow"]["value"], rows["slow"]["budget"], rows["slow"]["ended"]) == (
+        0.25,
+        200,
+        True,
+    )
+    # None is over: the shortest, cut off.
+    assert (rows["slower"]["value"], rows["slower"]["ended"]) == (pytest.approx(0.1), False)

@@ -17,10 +17,13 @@ from trelm_ds.benchmark.report import write_report
 from trelm_ds.benchmark.results import require_folder, write_result
 from trelm_ds.benchmark.study import Study
 from trelm_ds.benchmark.targets import (
+    ACCURACIES,
     METRICS,
     better_baseline,
     convergence_rows,
     equal_time_rows,
+    full_runs,
+    joint,
     paired_ratios,
 )
 from trelm_ds.errors import EXIT_DONE, ConfigError
@@ -72,8 +75,8 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     if code is not None:
         return code
     chosen, every = study.results()
-    best = study.best_rates()
-    headline = {m.key: better_baseline(chosen, baselines, m) for m in METRICS}
+    headline = {m.key: better_baseline(full_runs(chosen), baselines, m) for m in METRICS}
+    headline |= {joint(m).key: headline[m.key] for m in ACCURACIES}
     rows = convergence_rows(chosen, baselines, METRICS, args.tolerance)
     path = args.json or folder_of(args) / f"{args.kind}.json"
     result = write_result(
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
         rows,
         ratios=paired_ratios(rows, headline),
         equal_time=equal_time_rows(chosen, headline),
-        runs=[summary(run, best) for run in every + [r for r in chosen if r not in every]],
+        runs=[summary(run) for run in every + [r for r in chosen if r not in every]],
         study=declaration(study) | {"baselines": baselines, "tolerance": args.tolerance},
     )
     logger.info("result  %s", path)
@@ -90,11 +93,10 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     return EXIT_DONE
 
 
-def summary(result: dict, best: dict[str, float]) -> dict:
-    """A run as a row of the grid: everything but its curve; ``chosen``: at its arm's rate."""
+def summary(result: dict) -> dict:
+    """A run as a row of the grid: everything but its curve, and its last evaluation."""
     last = result["evaluations"][-1] if result["evaluations"] else {}
     row = {key: value for key, value in result.items() if key != "evaluations"}
-    row["chosen"] = best.get(result["arm"]) == result["learning_rate"]
     return row | {key: value for key, value in last.items() if key.startswith("eval/")}
 
 
@@ -108,7 +110,7 @@ def declaration(study: Study) -> dict:
         },
         "learning_rates": list(study.learning_rates),
         "seeds": list(study.seeds),
-        "budget": {"steps": study.budget.steps, "hours": study.budget.hours},
+        "budgets": [{"steps": b.steps, "hours": b.hours} for b in study.budgets],
         "select_by": study.select_by,
         "settings": settings,
         "data": study.data_dir.name,

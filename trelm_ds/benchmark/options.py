@@ -31,7 +31,14 @@ def add_study_arguments(parser: argparse.ArgumentParser, learning_rates: Sequenc
     parser.add_argument(
         "--data", "--data_dir", type=Path, help="prepared folder; default the embedded sample"
     )
-    parser.add_argument("--budget", default="2400", help="of each run: steps, or hours as in 0.5h")
+    parser.add_argument(
+        "--budget",
+        nargs="+",
+        default=["2400"],
+        metavar="N",
+        help="of each run: steps, or hours as in 0.5h; of several, each arm has runs of each, and "
+        "the largest sets the targets",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to N; default 3")
     parser.add_argument(
         "--learning_rates",
@@ -87,7 +94,7 @@ def declared_study(args: argparse.Namespace, arms: Sequence[Arm]) -> Study:
         arms,
         rates,
         list(range(1, args.seeds + 1)),
-        Budget.parse(args.budget),
+        [Budget.parse(text) for text in args.budget],
         settings,
         args.select_by,
     )

@@ -9,10 +9,15 @@ from pathlib import Path
 from trelm_ds.benchmark.arms import StudyPlan
 from trelm_ds.benchmark.document import Document
 from trelm_ds.benchmark.figures import COST_PARTS, plot_costs, plot_curves, plot_sweep
-from trelm_ds.benchmark.targets import METRICS, MLM_LOSS, Metric
+from trelm_ds.benchmark.targets import (
+    JOINT,
+    METRICS,
+    MLM_LOSS,
+    Metric,
+    full_runs,
+)
 
 LOSS = METRICS[0]
-ACCURACIES = METRICS[1:]
 NOTHING = "–"
 
 
@@ -22,7 +27,7 @@ def write_report(folder: Path, result: dict, chosen: Sequence[dict], roles: Stud
     Args:
         folder: the study's.
         result: its JSON.
-        chosen: the runs at each arm's chosen learning rate, with their evaluations.
+        chosen: the runs at each arm's chosen learning rates, with their evaluations.
         roles: which arms make the ablation table and the modules' figure.
     Returns:
         Path of ``REPORT.md``.
@@ -30,11 +35,12 @@ def write_report(folder: Path, result: dict, chosen: Sequence[dict], roles: Stud
     study = result["study"]
     arms = [name for name in study["arms"] if any(r["arm"] == name for r in chosen)]
     document = Document(f"{result['kind'].capitalize()} study on {study['data']}")
+    full = full_runs(chosen)
     _say_conditions(document, result)
     _say_ratios(document, result, arms)
     _say_finals(document, chosen, arms, study)
     _say_equal_time(document, result, arms)
-    _say_ablations(document, chosen, [arm for arm in roles.ablations if arm in arms])
+    _say_ablations(document, full, [arm for arm in roles.ablations if arm in arms])
     figures = folder / "figures"
     document.heading("Curves")
     shown = ((LOSS,), "held-out MLM loss (after the paper's Fig. 4)", "loss")
@@ -43,13 +49,13 @@ def write_report(folder: Path, result: dict, chosen: Sequence[dict], roles: Stud
         for by, against in (("time_s", "training clock"), ("step", "steps")):
             path = figures / f"{name}_by_{'time' if by == 'time_s' else 'step'}.png"
             if plot_curves(path, chosen, arms, metrics, by=by):
-                document.figure(path, f"{label} against {against}; one line a seed")
+                document.figure(path, f"{label} against {against}; one line a run")
     modules = [arm for arm in roles.modules if arm in arms]
     if len(modules) > 1:
         path = figures / "modules_by_time.png"
-        if plot_curves(path, chosen, modules, (LOSS, *METRICS[1:3])):
+        if plot_curves(path, full, modules, (LOSS, *METRICS[1:3])):
             document.figure(path, "each module alone (after the paper's Fig. 6)")
-    _say_costs(document, chosen, arms, figures)
+    _say_costs(document, full, arms, figures)
     _say_grid(document, result["runs"], study)
     _say_rules(document, study)
     return document.write(folder)
@@ -91,9 +97,9 @@ def write_sweep_report(folder: Path, result: dict) -> Path:
 
 def _say_conditions(document: Document, result: dict) -> None:
     study, hardware = result["study"], result["hardware"]
-    budget = study["budget"]
-    length = f"{budget['hours']:g} h of training clock" if budget["hours"] else ""
-    length = length or f"{budget['steps']} steps"
+    of_hours = study["budgets"][0]["hours"]
+    lengths = [f"{budget['hours' if of_hours else 'steps']:g}" for budget in study["budgets"]]
+    length = ", ".join(lengths) + (" h of training clock" if of_hours else " steps")
     machine = f"{hardware.get('cpu')}, {hardware.get('cores')} cores"
     if hardware.get("gpu"):
         machine += f", {hardware.get('gpus')} x {hardware['gpu']}"
@@ -105,7 +111,7 @@ def _say_conditions(document: Document, result: dict) -> None:
             ["commit", str(result["commit"])],
             ["hardware", machine],
             ["data", f"{study['data']} ({study['dataset_id'][:12]})"],
-            ["budget of a run", length],
+            ["budget of a run" if len(lengths) == 1 else "budgets, each arm's grid", length],
             ["learning rates, each arm's grid", rates],
             ["chosen by", f"{study['select_by']} at the end of the first seed's run"],
             ["seeds", ", ".join(map(str, study["seeds"]))],
@@ -123,20 +129,35 @@ def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
         "is faster. Median of the pairs of equal seeds (lowest to highest). Evaluated without "
         "injection and with lambda 0, on facts that no setting was chosen by."
     )
+    if len(study["budgets"]) > 1:
+        document.text(
+            "Every arm, the baseline too, has a run of each budget with a whole schedule in it. "
+            "The baseline's run of the largest sets the target; the first run to get there counts."
+        )
     head = {(r["method"], r["metric"]): r for r in result["ratios"] if r["headline"]}
-    metrics = [m for m in METRICS if any(metric == m.key for _, metric in head)]
-    against = {m: next(r["baseline"] for (_, k), r in head.items() if k == m.key) for m in metrics}
-    document.table(
-        ["method", *(f"{m.label} (vs {against[m]})" for m in metrics)],
-        [[arm, *(_ratio(head.get((arm, m.key))) for m in metrics)] for arm in arms],
+
+    def table(metrics: Sequence[Metric]) -> None:
+        found = {m: r["baseline"] for m in metrics for (_, k), r in head.items() if k == m.key}
+        if found:
+            document.table(
+                ["method", *(f"{m.label} (vs {baseline})" for m, baseline in found.items())],
+                [[arm, *(_ratio(head.get((arm, m.key))) for m in found)] for arm in arms],
+            )
+
+    document.text(
+        "Facts with the text kept: the P@1 target and the baseline's final held-out MLM loss (with "
+        "the same tolerance), both at the same moment."
     )
+    table(JOINT)
+    document.text("Each score alone.")
+    table(METRICS)
     document.text(
         "Split into steps and time per step, for every baseline. `MLM loss then` is the held-out "
         "loss at the moment the target was reached, and the baseline's at its own: facts bought "
         "with text loss show here. `held`: the last evaluation is at the target too."
     )
     rows = []
-    for metric in METRICS:
+    for metric in (*JOINT, *METRICS):
         for ratio in result["ratios"]:
             if ratio["metric"] != metric.key or ratio["method"] == ratio["baseline"]:
                 continue
@@ -170,17 +191,20 @@ def _say_finals(document, chosen, arms, study) -> None:
     metrics = [m for m in METRICS if any(_final(r, m) is not None for r in chosen)]
     rows = []
     for arm in arms:
-        runs = [r for r in chosen if r["arm"] == arm]
-        rows.append(
-            [
-                arm,
-                f"{runs[0]['learning_rate']:g}",
-                *(_spread([_final(r, m) for r in runs], _form(m)) for m in metrics),
-                _spread([r["steps"] for r in runs], "{:.0f}".format),
-                _spread([r["time_s"] / 60 for r in runs], "{:.1f}".format),
-                study["arms"][arm]["about"],
-            ]
-        )
+        for budget in _budgets(chosen):
+            runs = [r for r in chosen if (r["arm"], r["budget"]) == (arm, budget)]
+            if not runs:
+                continue
+            rows.append(
+                [
+                    arm,
+                    f"{runs[0]['learning_rate']:g}",
+                    *(_spread([_final(r, m) for r in runs], _form(m)) for m in metrics),
+                    _spread([r["steps"] for r in runs], "{:.0f}".format),
+                    _spread([r["time_s"] / 60 for r in runs], "{:.1f}".format),
+                    study["arms"][arm]["about"],
+                ]
+            )
     document.table(
         ["method", "lr", *(m.label for m in metrics), "steps", "clock (min)", "what it is"], rows
     )
@@ -195,10 +219,10 @@ def _say_equal_time(document: Document, result: dict, arms: Sequence[str]) -> No
         return
     document.heading("At equal time")
     document.text(
-        "Scores at the moment when the better baseline of the same seed ends. `early`: the arm's "
-        "run had ended by then and its final value stands; an arm that was still under way had "
-        "part of its learning-rate decay ahead of it. A budget in hours gives each arm a whole "
-        "schedule in the same time."
+        "Scores at the moment when the better baseline of the same seed ends, of the arm's run of "
+        "the largest budget that was over by then. `early`: there was one, and its final value "
+        "stands; an arm that was still under way had part of its learning-rate decay ahead of it. "
+        "A budget in hours gives each arm a whole schedule in the same time."
     )
     metrics = [m for m in METRICS if any(r["metric"] == m.key for r in rows)]
     body = []
@@ -237,6 +261,10 @@ def _say_ablations(document: Document, chosen: Sequence[dict], arms: Sequence[st
             cells.append(cell)
         rows.append([arm, *cells])
     document.table(["method", *(m.label for m in metrics)], rows)
+
+
+def _budgets(runs: Sequence[dict]) -> list[float]:
+    return sorted({run["budget"] for run in runs}, reverse=True)
 
 
 def _ms_per_step(run: dict) -> float | None:
@@ -297,18 +325,20 @@ def _say_grid(document: Document, runs: Sequence[dict], study: dict) -> None:
     )
     rows = []
     for arm in study["arms"]:
-        cells = []
-        for rate in study["learning_rates"]:
-            run = next(
-                r
-                for r in runs
-                if (r["arm"], r["learning_rate"], r["seed"]) == (arm, rate, study["seeds"][0])
-            )
-            cell = f"{_number(run.get(key), '{:.4f}')} / {_number(run.get(MLM_LOSS), '{:.3f}')}"
-            cell = cell if run["status"] == "done" else run["status"]
-            cells.append(f"[{cell}]" if run["chosen"] else cell)
-        rows.append([arm, *cells])
-    document.table(["method", *(f"{rate:g}" for rate in study["learning_rates"])], rows)
+        for budget in _budgets(runs):
+            cells = []
+            for rate in study["learning_rates"]:
+                run = next(
+                    r
+                    for r in runs
+                    if (r["arm"], r["budget"]) == (arm, budget)
+                    and (r["learning_rate"], r["seed"]) == (rate, study["seeds"][0])
+                )
+                cell = f"{_number(run.get(key), '{:.4f}')} / {_number(run.get(MLM_LOSS), '{:.3f}')}"
+                cell = cell if run["status"] == "done" else run["status"]
+                cells.append(f"[{cell}]" if run["chosen"] else cell)
+            rows.append([arm, f"{budget:g}", *cells])
+    document.table(["method", "budget", *(f"{rate:g}" for rate in study["learning_rates"])], rows)
 
 
 def _say_rules(document: Document, study: dict) -> None:

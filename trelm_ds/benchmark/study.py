@@ -1,8 +1,8 @@
-"""A study: arms x learning rates x seeds, declared first, run in a fixed order, restartable.
+"""A study: arms x budgets x learning rates x seeds, declared first, run in order, restartable.
 
-The same grid, budget and schedule rule hold for every arm. The grid is searched with the first seed
-alone; the rate that is best by the declared metric, on facts that are never reported, is the arm's
-for the other seeds. Everything that was run is reported.
+The same grid, budgets and schedule rule hold for every arm. The grid is searched with the first
+seed alone; the rate that is best by the declared metric, on facts that are never reported, is the
+arm's at that budget for the other seeds. Everything that was run is reported.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ class Budget:
     steps: int | None = None
     hours: float | None = None
 
+    @property
+    def size(self) -> float:
+        """Steps, or hours."""
+        return self.steps if self.hours is None else self.hours
+
     @classmethod
     def parse(cls, text: str) -> Budget:
         """``2000`` is steps; ``0.5h``, ``30m`` and ``1800s`` are training clock.
@@ -52,8 +57,7 @@ class Budget:
                 found = cls(steps=int(text))
         except ValueError:
             raise ConfigError(f"--budget {text}: expected steps, or hours as in 0.5h") from None
-        size = found.steps if found.hours is None else found.hours
-        if not (math.isfinite(size) and size > 0):
+        if not (math.isfinite(found.size) and found.size > 0):
             raise ConfigError(f"--budget {text}: must be positive")
         return found
 
@@ -73,11 +77,13 @@ class Study:
     """Declared runs and what became of them.
 
     Attributes:
-        folder: ``runs/ARM/lr_X/seed_S`` lie in it.
+        folder: ``runs/ARM/lr_X/seed_S`` lie in it, the runs of shorter budgets in
+            ``runs/ARM/budget_N/lr_X/seed_S``.
         arms: what is compared.
-        learning_rates: the grid, the same for each arm.
+        learning_rates: the grid, the same for each arm and budget.
         seeds: the first one searches the grid.
-        budget: of every run.
+        budgets: each arm has runs of each, with a whole schedule in them; the first is the largest
+            and the one that sets targets.
         settings: flat configuration keys for every run, over the arms'.
         select_by: metric that chooses the learning rate.
     """
@@ -86,11 +92,16 @@ class Study:
     arms: Sequence[Arm]
     learning_rates: Sequence[float]
     seeds: Sequence[int]
-    budget: Budget
+    budgets: Sequence[Budget]
     settings: dict[str, object] = field(default_factory=dict)
     select_by: str = SELECT_BY
 
     def __post_init__(self):
+        if len({budget.hours is None for budget in self.budgets}) > 1:
+            raise ConfigError("--budget: steps and hours do not compare; name one kind")
+        self.budgets = sorted(self.budgets, key=lambda budget: budget.size, reverse=True)
+        if len(set(self.budgets)) < len(self.budgets):
+            raise ConfigError("--budget: a budget is named twice")
         self.data_dir = Path(str(self.settings.get("data.data_dir")))
         self.dataset_id = load_manifest(self.data_dir)["dataset_id"]
         probes = any((self.data_dir / "probe").glob("*.jsonl"))
@@ -102,41 +113,54 @@ class Study:
         for arm in self.arms:
             self.declare(arm, self.learning_rates[0], self.seeds[0])
 
-    def declare(self, arm: Arm, learning_rate: float, seed: int) -> Run:
+    def declare(
+        self, arm: Arm, learning_rate: float, seed: int, budget: Budget | None = None
+    ) -> Run:
+        """A run; ``budget`` None: the largest."""
+        budget = budget or self.budgets[0]
         config = arm.config(
             {"train.export": False},
-            self.budget.keys(),
+            budget.keys(),
             self.settings,
             {"train.learning_rate": learning_rate, "train.seed": seed},
         )
-        folder = self.folder / "runs" / arm.name / f"lr_{learning_rate:g}" / f"seed_{seed}"
+        folder = self.folder / "runs" / arm.name
+        if budget != self.budgets[0]:
+            folder /= f"budget_{budget.size:g}"
+        folder = folder / f"lr_{learning_rate:g}" / f"seed_{seed}"
         return Run(arm.name, learning_rate, seed, config, folder)
 
-    def grid(self) -> list[Run]:
-        """The runs of the first seed, arms inside: what is compared runs close in time."""
+    def _grid(self) -> list[tuple[Budget, Run]]:
         return [
-            self.declare(arm, rate, self.seeds[0])
+            (budget, self.declare(arm, rate, self.seeds[0], budget))
+            for budget in self.budgets
             for rate in self.learning_rates
             for arm in self.arms
         ]
 
-    def best_rates(self) -> dict[str, float]:
-        """Each arm's learning rate by ``select_by`` at the end of its first seed's runs.
+    def grid(self) -> list[Run]:
+        """The runs of the first seed, arms inside: what is compared runs close in time."""
+        return [run for _, run in self._grid()]
+
+    def best_rates(self) -> dict[tuple[str, float], float]:
+        """(arm, budget's size) -> learning rate, by ``select_by`` at the end of the first seed's
+        runs.
 
         Ties go to the lower held-out MLM loss, then to the smaller rate; a rate at which the arm
         diverged is out, and so is an arm that diverged at all of them.
         """
         best = {}
-        for arm in self.arms:
-            scored = []
-            for rate in self.learning_rates:
-                result = self.declare(arm, rate, self.seeds[0]).result()
-                if result["status"] == "done":
-                    scored.append((*self._score(result), rate))
-            if scored:
-                best[arm.name] = min(scored)[-1]
-            else:
-                logger.warning("%s diverged at every learning rate of the grid", arm.name)
+        for budget in self.budgets:
+            for arm in self.arms:
+                scored = []
+                for rate in self.learning_rates:
+                    result = self.declare(arm, rate, self.seeds[0], budget).result()
+                    if result["status"] == "done":
+                        scored.append((*self._score(result), rate))
+                if scored:
+                    best[arm.name, budget.size] = min(scored)[-1]
+                else:
+                    logger.warning("%s diverged at every learning rate of the grid", arm.name)
         return best
 
     def _score(self, result: dict) -> tuple[float, float]:
@@ -151,23 +175,33 @@ class Study:
         sign = 1.0 if self.select_by in LOWER_IS_BETTER else -1.0
         return sign * value, math.inf if loss is None else loss
 
-    def rest(self) -> list[Run]:
-        """The other seeds at each arm's best rate, seed after seed, arms inside."""
+    def _rest(self) -> list[tuple[Budget, Run]]:
         best = self.best_rates()
         return [
-            self.declare(arm, best[arm.name], seed)
+            (budget, self.declare(arm, best[arm.name, budget.size], seed, budget))
             for seed in self.seeds[1:]
+            for budget in self.budgets
             for arm in self.arms
-            if arm.name in best
+            if (arm.name, budget.size) in best
         ]
+
+    def rest(self) -> list[Run]:
+        """The other seeds at each arm's best rates, seed after seed, arms inside."""
+        return [run for _, run in self._rest()]
+
+    @property
+    def _later(self) -> int:
+        """Runs that follow the grid."""
+        return (len(self.seeds) - 1) * len(self.arms) * len(self.budgets)
 
     def plan(self) -> list[str]:
         """One line a run that is known already, and how many follow."""
         lines = [f"{run.state:9} {run.name}" for run in self.grid()]
         if all(run.state == "finished" for run in self.grid()):
             return lines + [f"{run.state:9} {run.name}" for run in self.rest()]
-        more = (len(self.seeds) - 1) * len(self.arms)
-        return lines + [f"then {more} more: each arm's best rate with seeds {self.seeds[1:]}"]
+        return lines + [
+            f"then {self._later} more: each arm's best rate with seeds {self.seeds[1:]}"
+        ]
 
     def run(
         self,
@@ -196,10 +230,9 @@ class Study:
             runner = Runner(
                 parallel, stop, deepspeed=deepspeed, keep_checkpoints=keep_checkpoints, lock=lock
             )
-            grid, more = self.grid(), (len(self.seeds) - 1) * len(self.arms)
             if not self._score_mentions(runner):
                 return False
-            return runner.run(grid, later=more) and runner.run(self.rest())
+            return runner.run(self.grid(), later=self._later) and runner.run(self.rest())
 
     def _check_data(self) -> None:
         path = self.folder / "study.json"
@@ -229,9 +262,17 @@ class Study:
     # -- what the runs say ----------------------------------------------------------------------
 
     def results(self) -> tuple[list[dict], list[dict]]:
-        """Results of the finished runs: those at each arm's chosen rate, and the whole grid's."""
-        every = [run.result() for run in self.grid()]
+        """Results of the finished runs: those at each arm's chosen rate, and the whole grid's.
+
+        ``budget`` is the steps or hours a run was given, ``chosen`` whether its rate is the one.
+        """
         best = self.best_rates()
-        chosen = [r for r in every if best.get(r["arm"]) == r["learning_rate"]]
-        chosen += [run.result() for run in self.rest()]
+
+        def result(budget: Budget, run: Run) -> dict:
+            chosen = best.get((run.arm, budget.size)) == run.learning_rate
+            return run.result() | {"budget": budget.size, "chosen": chosen}
+
+        every = [result(*pair) for pair in self._grid()]
+        chosen = [r for r in every if r["chosen"]]
+        chosen += [result(*pair) for pair in self._rest()]
         return chosen, every

@@ -51,6 +51,8 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     """Runs what is missing of the sweep, then writes its JSON, its table and its figure."""
     sweep = named_sweep(args.key, args.values)
     base = load_table().find([args.method])
+    if len(args.budget) > 1:
+        raise ConfigError("--budget: a sweep compares values at one budget")
     if len(base) != 1:
         raise ConfigError(f"--method {args.method}: names {len(base)} arms, one is swept")
     if args.output_dir is None:

@@ -5,6 +5,10 @@ at the first crossing. The running best would cross in the same interval but nev
 replaces a low evaluation by an older, luckier one; so the raw curve is the stricter of the two, and
 it is what was measured. A crossing may still be luck: ``held`` says whether the run's last
 evaluation is at the target too.
+
+In the middle of a run the learning rate is high and the held-out loss with it. So an arm may have
+runs of several budgets, each with a whole schedule: its time to a target is that of whichever run
+gets there first, for the baselines as for everybody.
 """
 
 from __future__ import annotations
@@ -42,6 +46,17 @@ METRICS = (
 )
 
 
+ACCURACIES = METRICS[1:]
+
+
+def joint(metric: Metric) -> Metric:
+    """The target of an accuracy with the text kept: both at the same moment."""
+    return Metric(f"{metric.key}+text", f"{metric.label}, text kept")
+
+
+JOINT = tuple(joint(metric) for metric in ACCURACIES)
+
+
 @dataclass(frozen=True)
 class Point:
     """An evaluation, or a point between two of them."""
@@ -76,14 +91,41 @@ def reach(points: Sequence[Point], target: float, higher_is_better: bool) -> Poi
 
     A curve that starts there reaches it at its first evaluation.
     """
-    sign = 1.0 if higher_is_better else -1.0
+    return reach_all([(points, target, higher_is_better)])
+
+
+def reach_all(conditions: Sequence[tuple[Sequence[Point], float, bool]]) -> Point | None:
+    """Where several curves of one run are first at their targets together; None if never.
+
+    Args:
+        conditions: (curve, target, whether higher is better); only evaluations that all the curves
+            have count.
+    Returns:
+        The point on the first curve.
+    """
+    steps = set.intersection(*({p.step for p in points} for points, _, _ in conditions))
+    curves = [
+        [(p, (p.value - target) * (1 if higher else -1)) for p in points if p.step in steps]
+        for points, target, higher in conditions
+    ]
     before = None
-    for point in points:
-        if sign * point.value >= sign * target:
-            if before is None or point.value == target:
-                return Point(point.step, point.time_s, point.value)
-            return between(before, point, (target - before.value) / (point.value - before.value))
-        before = point
+    for now in zip(*curves, strict=True):  # ((point, margin), ...): a margin >= 0 is at its target
+        if before is None:
+            if all(margin >= 0 for _, margin in now):
+                return now[0][0]
+        else:
+            # Margins are linear between two evaluations, so each condition holds in one interval.
+            low, high = 0.0, 1.0
+            for (_, a), (_, b) in zip(before, now, strict=True):
+                if a < 0 and b < 0:
+                    low = math.inf
+                elif a < 0:
+                    low = max(low, a / (a - b))
+                elif b < 0:
+                    high = min(high, a / (a - b))
+            if low <= high:
+                return now[0][0] if low == 1.0 else between(before[0][0], now[0][0], low)
+        before = now
     return None
 
 
@@ -123,6 +165,20 @@ def better_baseline(
     return max(finals, key=lambda arm: sign * statistics.fmean(finals[arm]))
 
 
+def full_runs(results: Sequence[dict]) -> list[dict]:
+    """The runs of the largest budget."""
+    largest = max((r["budget"] for r in results), default=0)
+    return [r for r in results if r["budget"] == largest]
+
+
+def _by_run(results: Sequence[dict]) -> dict[tuple[str, int], list[dict]]:
+    """(arm, seed) -> its runs, the largest budget first."""
+    found: dict[tuple[str, int], list[dict]] = {}
+    for result in sorted(results, key=lambda r: r["budget"], reverse=True):
+        found.setdefault((result["arm"], result["seed"]), []).append(result)
+    return found
+
+
 def convergence_rows(
     results: Sequence[dict],
     baselines: Sequence[str],
@@ -133,54 +189,78 @@ def convergence_rows(
 
     A run that diverged reaches nothing, also where its curve crossed the target before.
 
-    The target is that of the same seed's baseline: the pair shares its data order, and the
-    baseline always reaches its own target, so that every ratio has a denominator.
+    The target is that of the same seed's baseline in its run of the largest budget: the pair shares
+    its data order, and the baseline always reaches its own target, so that every ratio has a
+    denominator. Each accuracy has a second target, ``joint``: with the held-out MLM loss at the
+    baseline's final one, too.
 
     Args:
-        results: finished runs at their arms' chosen rates (``runner.collect``).
+        results: finished runs at their arms' chosen rates (``Study.results``).
         baselines: arms that set targets.
         metrics: what targets are set for.
         tolerance: see ``target_of``.
     Returns:
         Rows with ``method``, ``seed``, ``metric``, ``baseline``, ``target``, ``reached``,
-        ``time_s``, ``steps``, ``held``, ``mlm_loss`` (at that moment), ``final`` and
-        ``learning_rate``; where the target was not reached, ``time_s``, ``steps``, ``held`` and
-        ``mlm_loss`` are None.
+        ``time_s``, ``steps``, ``budget`` (of the run that got there first), ``held``, ``mlm_loss``
+        (at that moment), ``final`` (of the run of the largest budget) and ``learning_rate``; where
+        the target was not reached, ``time_s``, ``steps``, ``budget``, ``held`` and ``mlm_loss``
+        are None.
     """
-    done = {(r["arm"], r["seed"]): r for r in results}
+    runs = _by_run(results)
+    wanted = [(metric, [metric]) for metric in metrics]
+    wanted += [(joint(m), [m, METRICS[0]]) for m in metrics if m.higher_is_better]
     rows = []
-    for metric in metrics:
+    for metric, parts in wanted:
         for baseline in baselines:
-            for (arm, seed), result in done.items():
-                points = curve(result["evaluations"], metric.key)
-                reference = _finished_curve(done.get((baseline, seed)), metric)
-                if not points or not reference:
+            for (arm, seed), of_arm in runs.items():
+                reference = runs.get((baseline, seed), [None])[0]
+                finals = [_finished_curve(reference, part) for part in parts]
+                full = curve(of_arm[0]["evaluations"], parts[0].key)
+                if not full or not all(finals):
                     continue
-                target = target_of(reference, metric, tolerance)
-                crossing = None
-                if result["status"] == "done":
-                    crossing = reach(points, target, metric.higher_is_better)
-                sign = 1.0 if metric.higher_is_better else -1.0
-                loss = None
-                if crossing is not None:
-                    loss = at_time(curve(result["evaluations"], MLM_LOSS), crossing.time_s)
+                goals = [
+                    (part, target_of(points, part, tolerance))
+                    for part, points in zip(parts, finals, strict=True)
+                ]
+                first, crossing = None, None
+                for run in of_arm:
+                    found = _crossing(run, goals)
+                    if found and (crossing is None or found.time_s < crossing.time_s):
+                        first, crossing = run, found
+                then = first and at_time(curve(first["evaluations"], MLM_LOSS), crossing.time_s)
                 rows.append(
                     {
                         "method": arm,
                         "seed": seed,
                         "metric": metric.key,
                         "baseline": baseline,
-                        "target": target,
+                        "target": goals[0][1],
                         "reached": crossing is not None,
                         "time_s": crossing and crossing.time_s,
                         "steps": crossing and crossing.step,
-                        "held": crossing and sign * points[-1].value >= sign * target,
-                        "mlm_loss": loss and loss.value,
-                        "final": points[-1].value,
-                        "learning_rate": result["learning_rate"],
+                        "budget": first and first["budget"],
+                        "held": first and _is_held(first, goals),
+                        "mlm_loss": then and then.value,
+                        "final": full[-1].value,
+                        "learning_rate": (first or of_arm[0])["learning_rate"],
                     }
                 )
     return rows
+
+
+def _crossing(run: dict, goals: Sequence[tuple[Metric, float]]) -> Point | None:
+    """Where a run that came to its end first is at all the goals."""
+    curves = [(_finished_curve(run, m), target, m.higher_is_better) for m, target in goals]
+    return reach_all(curves)
+
+
+def _is_held(run: dict, goals: Sequence[tuple[Metric, float]]) -> bool:
+    """Whether the run's last evaluation is at the goals."""
+    return all(
+        (curve(run["evaluations"], m.key)[-1].value - target) * (1 if m.higher_is_better else -1)
+        >= 0
+        for m, target in goals
+    )
 
 
 def _finished_curve(result: dict | None, metric: Metric) -> list[Point]:
@@ -271,21 +351,26 @@ def equal_time_rows(
 ) -> list[dict]:
     """Every arm's scores at the moment when the same seed's headline baseline ends.
 
+    Of an arm's runs the one of the largest budget that was over by then speaks for it, because a
+    user with that much time would have planned for it; if none was, the shortest, cut off there.
+
     Returns:
         Rows with ``method``, ``seed``, ``metric``, ``baseline``, ``time_s``, ``value``,
-        ``baseline_value``, ``ended`` (the run was over by then: its schedule had more of its
-        decay behind it than one that was cut off there).
+        ``baseline_value``, ``budget``, ``ended`` (the run was over by then: its schedule had more
+        of its decay behind it than one that was cut off there).
     """
-    done = {(r["arm"], r["seed"]): r for r in results}
+    runs = _by_run(results)
     rows = []
     for metric in metrics:
-        for (arm, seed), result in done.items():
+        for (arm, seed), of_arm in runs.items():
             baseline = headline.get(metric.key)
-            points = _finished_curve(result, metric)
-            reference = _finished_curve(done.get((baseline, seed)), metric)
-            if not points or not reference:
+            reference = _finished_curve(runs.get((baseline, seed), [None])[0], metric)
+            curves = [(run, points) for run in of_arm if (points := _finished_curve(run, metric))]
+            if not curves or not reference:
                 continue
             moment = reference[-1].time_s
+            over = [pair for pair in curves if pair[1][-1].time_s <= moment]
+            run, points = over[0] if over else curves[-1]
             rows.append(
                 {
                     "method": arm,
@@ -295,6 +380,7 @@ def equal_time_rows(
                     "time_s": moment,
                     "value": at_time(points, moment).value,
                     "baseline_value": reference[-1].value,
+                    "budget": run["budget"],
                     "ended": points[-1].time_s <= moment,
                 }
             )
