@@ -203,9 +203,7 @@ def mlm_head(backbone: nn.Module) -> nn.Module:
 # -- spans --------------------------------------------------------------------------------------
 
 
-def span_mean(
-    states: torch.Tensor, spans: torch.Tensor, widest: int | None = None
-) -> torch.Tensor:
+def span_mean(states: torch.Tensor, spans: torch.Tensor, widest: int | None = None) -> torch.Tensor:
     """Mean state of each span.
 
     A gather of [M, widest span, hidden] and not an index_add, whose order on a GPU is not fixed.
