@@ -261,6 +261,7 @@ class Trainer:
             self.config.memory,
             process_group=self.control if on_cpu else self._new_group(),
             device=torch.device("cpu") if on_cpu else self.device,
+            control=self.control,
         )
         bank.initialise(self.model.name_embeddings(self.tables))
         return bank

@@ -66,6 +66,8 @@ class MemoryBank:
             torch.distributed is not initialised. A bank on the CPU needs a gloo group, one on
             a GPU an NCCL group.
         device: where the rank's share lives.
+        control: host-side group of the same ranks, over which they tell each other how many rows
+            come: a lookup then waits for no GPU. None: ``process_group`` does.
 
     Attributes:
         version: commits applied so far.
@@ -80,9 +82,10 @@ class MemoryBank:
         config: MemoryConfig,
         process_group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
+        control: dist.ProcessGroup | None = None,
     ):
         self.device = torch.device(device)
-        self.group = process_group
+        self.group, self._control = process_group, control
         self.rank, world_size = 0, 1
         if dist.is_available() and dist.is_initialized():
             self.rank = dist.get_rank(process_group)
@@ -142,8 +145,7 @@ class MemoryBank:
 
         Args:
             keys: int64 [M], repeats welcome: each distinct key travels once per rank. Keys on the
-                CPU are counted there: only ranks that share a bank on GPUs wait then, for each
-                other's counts.
+                CPU are counted there, and no GPU is waited for.
             device: where the answer goes; None: where ``keys`` are.
 
         Returns:
@@ -431,9 +433,12 @@ class MemoryBank:
     def _exchange_counts(self, send: list[int]) -> list[int]:
         if self.layout.world_size == 1:
             return send
-        outgoing = torch.tensor(send, device=self.device)
+        group, device = self._control, torch.device("cpu")
+        if group is None:
+            group, device = self.group, self.device
+        outgoing = torch.tensor(send, device=device)
         incoming = torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming, outgoing, group=self.group)
+        dist.all_to_all_single(incoming, outgoing, group=group)
         return incoming.tolist()
 
     def _exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:

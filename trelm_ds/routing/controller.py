@@ -227,7 +227,8 @@ class RoutingController:
     def row_counts(self, layer: int) -> torch.Tensor:
         """Updates of each neuron including this step's, 0 where it is off the path.
 
-        To be read by the optimizer, after the step's last backward and before ``end_step``.
+        To be read by the optimizer, after the step's last backward and before ``end_step``. Where
+        a GPU chose the paths, the first question waits for it and answers all others of the step.
 
         Returns:
             int64 [f] on the CPU.
@@ -265,7 +266,7 @@ class RoutingController:
                 self._scores = [None if s is None else s.mid for s in chosen_by]
             if self._reference is not None:
                 self._audit = self._compare_with_reference([p.compact() for p in paths])
-        self._reference = self._masks = None
+        self._reference = None
         self.context.end()
         if self.truncation is not None:
             self.truncation.active = False
