@@ -203,29 +203,21 @@ def mlm_head(backbone: nn.Module) -> nn.Module:
 # -- spans --------------------------------------------------------------------------------------
 
 
-def span_positions(spans: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every token of every span.
-
-    Args:
-        spans: int64 [M, 3] rows (row, left, right exclusive).
-        length: S.
-    Returns:
-        int64 [P] flat positions into B * S, and int64 [P] the span each belongs to.
-    """
-    row, left, right = spans.unbind(1)
-    width = right - left
-    owner = torch.repeat_interleave(torch.arange(len(spans), device=spans.device), width)
-    within = torch.arange(len(owner), device=spans.device) - (width.cumsum(0) - width)[owner]
-    return (row * length + left)[owner] + within, owner
-
-
-def span_mean(states: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
-    """Mean state of each span: float [M, hidden] of states [B, S, hidden] and spans [M, 3].
+def span_mean(states: torch.Tensor, spans: torch.Tensor, widest: int | None = None) -> torch.Tensor:
+    """Mean state of each span.
 
     A gather of [M, widest span, hidden] and not an index_add, whose order on a GPU is not fixed.
+
+    Args:
+        states: float [B, S, hidden].
+        spans: int64 [M, 3] rows (row, left, right exclusive).
+        widest: tokens of the longest span; None: the spans are asked, and a GPU waited for.
+    Returns:
+        float [M, hidden].
     """
     row, left, right = spans.unbind(1)
-    widest = int((right - left).max()) if len(spans) else 1
+    if widest is None:
+        widest = int((right - left).max()) if len(spans) else 1
     offset = torch.arange(widest, device=spans.device)
     inside = offset < (right - left)[:, None]
     position = torch.where(inside, left[:, None] + offset, left[:, None])
@@ -424,10 +416,7 @@ class TrelmModel(MaskedLanguageModel):
         use_memory = memory is not None and memory_weight > 0
         if self.injection is None and not use_memory:
             return embeds
-        length = embeds.shape[1]
-        positions, owner = span_positions(batch.mention_spans, length)
-        keep = batch.mention_injected[owner]
-        positions, owner = positions[keep], owner[keep]
+        positions, owner = batch.injected_positions, batch.injected_owner
         flat = embeds.flatten(0, 1)
         values = flat[positions]  # role 0 keeps its own token embeddings
         if self.injection is not None:
@@ -459,23 +448,14 @@ class TrelmModel(MaskedLanguageModel):
     def _encode_texts(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """DKPLM's form: texts through the shared encoder, gradients on, mean over real tokens.
 
-        Each distinct text is encoded once. Mentions without a triple have a text of pads only,
-        which is left unattended but for its first token, and their vector is not used.
+        Each distinct text is encoded once. Mentions without a triple have the row of pads, and
+        their vector is not used.
         """
-        texts = [batch.injection_text_ids, batch.relation_text_ids]
-        pad = self.backbone.config.pad_token_id
-        width = max(1, *(t.shape[1] for t in texts))
-        texts = [nn.functional.pad(t, (0, width - t.shape[1]), value=pad) for t in texts]
-        # One row of pads, so that the encoder runs on every rank also where there is no mention.
-        empty = texts[0].new_full((1, width), pad)
-        unique, inverse = torch.unique(torch.cat([*texts, empty]), dim=0, return_inverse=True)
-        mask = (unique != pad).long()
-        mask[:, 0] = 1
-        embeds = self.word_embeddings(unique)
-        states = encode(self.backbone, embeds, mask, self._packing(mask))
-        pooled = masked_mean(states, mask)[inverse]
-        count = len(texts[0])
-        return pooled[:count], pooled[count : 2 * count]
+        mask = batch.text_mask
+        packing = self._packing(mask, batch.text_tokens)
+        states = encode(self.backbone, self.word_embeddings(batch.text_ids), mask, packing)
+        other, relation = masked_mean(states, mask)[batch.text_index]
+        return other, relation
 
     # -- training forward -----------------------------------------------------------------------
 
@@ -515,11 +495,13 @@ class TrelmModel(MaskedLanguageModel):
         if self.decoder is None:
             loss, cka = mlm, torch.zeros_like(mlm)
             gold_probability = mlm.new_zeros(len(batch.decode_mention))
-            decoded = torch.zeros_like(batch.decode_mention, dtype=torch.bool)
         else:
             spans = batch.mention_spans[batch.decode_mention]
             decoded_states, log_p, valid = self._decode(
-                span_mean(states, spans), batch.decode_relation, batch.decode_tokens, batch
+                span_mean(states, spans, batch.decoded_width),
+                batch.decode_relation,
+                batch.decode_tokens,
+                batch,
             )
             knowledge = cka = -log_p.sum() / (normalizers.cka or 1.0)
             if weight := self.config.decoding.entity_weight:
@@ -529,8 +511,7 @@ class TrelmModel(MaskedLanguageModel):
             with torch.no_grad():
                 count = valid.sum(1).clamp(min=1)
                 gold_probability = (log_p.exp() * valid).sum(1) / count
-            decoded = valid.any(1)
-        self._set_routing_targets(batch, packing, gold_probability, decoded)
+            self._set_routing_targets(batch, packing, gold_probability, valid.any(1))
         detached = states.detach()
         if self.config.memory.enabled:
             local = local_memory(
@@ -539,6 +520,7 @@ class TrelmModel(MaskedLanguageModel):
                 batch.mention_spans,
                 self.config.memory.half_window,
                 self.config.memory.paper_norm,
+                batch.window_tokens,
             )
         else:
             local = detached.new_zeros(0, detached.shape[-1])
@@ -601,10 +583,10 @@ class TrelmModel(MaskedLanguageModel):
         total = gold_probability.new_zeros(size).index_add(
             0, batch.decode_mention, gold_probability * decoded
         )
-        count = torch.bincount(batch.decode_mention[decoded], minlength=size)
-        positions, owner = span_positions(batch.mention_spans, batch.input_ids.shape[1])
-        keep = count[owner] > 0
-        positions, owner = positions[keep], owner[keep]
+        count = decoded.new_zeros(size, dtype=torch.int64).index_add(
+            0, batch.decode_mention, decoded.long()
+        )
+        positions, owner = batch.knowledge_positions, batch.knowledge_owner
         if packing is not None:
             positions = packing.rows(positions)
         self.routing_context.set_targets(positions, (total / count.clamp(min=1))[owner])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,6 +261,7 @@ class Trainer:
             self.config.memory,
             process_group=self.control if on_cpu else self._new_group(),
             device=torch.device("cpu") if on_cpu else self.device,
+            control=self.control,
         )
         bank.initialise(self.model.name_embeddings(self.tables))
         return bank
@@ -443,7 +445,9 @@ class Trainer:
                 micro_batch = self.hard_negatives.apply(micro_batch, plan.step)
             batch = micro_batch.to(self.device, non_blocking=True)
             watch.start("bank")
-            rows = self.bank.lookup(batch.mention_keys) if plan.memory_weight > 0 else None
+            rows = None
+            if plan.memory_weight > 0:  # by the host's keys, which it need not wait for
+                rows = self.bank.lookup(micro_batch.mention_keys, self.device)
             watch.stop("bank")
             self.routing.before_micro_batch(self.model, batch, rows, plan.memory_weight)
             watch.start("forward")
@@ -458,12 +462,11 @@ class Trainer:
                 watch.stop("communication")
             watch.start("bank")
             if self.bank is not None:
-                row = batch.mention_spans[:, 0]
                 self.bank.stage(
-                    batch.mention_keys,
-                    batch.stream_positions[row],
+                    micro_batch.mention_keys,
+                    micro_batch.stream_positions[micro_batch.mention_spans[:, 0]],
                     output.local_memory,
-                    output.cls[row],
+                    output.cls[batch.mention_spans[:, 0]],
                 )
             if self.sampling is not None:
                 self.sampling.stage(batch, output.mention_probability)
@@ -480,8 +483,11 @@ class Trainer:
         """Commits the memory and the paths of an applied step, drops those of a skipped one."""
         self._grad_norm = self.engine.get_global_grad_norm()
         if self._grad_norm is not None:
-            norm = torch.as_tensor(self._grad_norm, device=self.device)
-            finite = finite & torch.isfinite(norm)
+            # DeepSpeed gives a number or a tensor; a number is not sent to the device and back.
+            norm = self._grad_norm
+            finite = finite & (
+                norm.isfinite() if isinstance(norm, torch.Tensor) else math.isfinite(norm)
+            )
         self._finite = finite
         applied = self.engine.was_step_applied()
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1

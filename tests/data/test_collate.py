@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from trelm_ds.data.collate import Batch, Collator, Example
+from trelm_ds.data.host_sizes import span_positions
 from trelm_ds.data.sampling import SampledMentions, no_mentions
 from trelm_ds.data.special import SpecialTokens
 
@@ -67,10 +68,16 @@ def test_every_field():
     assert batch.mention_injected.tolist() == [True, True, False]
     assert batch.injection_role.tolist() == [1, 0, 0]
     assert batch.injection_other.tolist() == [1, 0, 0]
-    assert batch.injection_text_ids.shape == batch.relation_text_ids.shape == (3, 0)
+    assert batch.injected_positions.tolist() == [2, 3, 33]
+    assert batch.injected_owner.tolist() == [0, 0, 1]
+    assert batch.text_ids.shape == batch.text_mask.shape == (0, 0) and batch.text_tokens == 0
+    assert batch.text_index.tolist() == [[0] * 3] * 2
     assert batch.decode_mention.tolist() == [0, 0, 2]
     assert batch.decode_relation.tolist() == [0, 1, 1]
     assert batch.decode_tokens.tolist() == [[10, 11, 12]] * 3
+    assert batch.knowledge_positions.tolist() == [2, 3, 34]
+    assert batch.knowledge_owner.tolist() == [0, 0, 2]
+    assert batch.decoded_width == 2
     assert batch.negatives.tolist() == [7, 8]
     assert batch.counts() == {
         "mlm": 3,
@@ -131,10 +138,46 @@ def test_names_are_decoded_up_to_the_limit():
 def test_texts_for_the_encoder_form():
     row = [[1, 2, 9, 1, 2, 0, 0], [2, 3, 9, 1, 0, 0, 0]]
     batch = collate([example(0, 5, mentions=mentions(row, []))], text_length=10)
-    assert batch.injection_text_ids.tolist() == [[2, 10, 11, 12, 3] + [1] * 5, [1] * 10]
-    assert batch.relation_text_ids.tolist() == [[2, *range(20, 28), 3], [1] * 10]
+    other, relation = batch.text_ids[batch.text_index].tolist()
+    assert other == [[2, 10, 11, 12, 3] + [1] * 5, [1] * 10]
+    assert relation == [[2, *range(20, 28), 3], [1] * 10]
+    assert batch.text_ids.tolist() == [[1] * 10, other[0], relation[0]]  # each text once
+    assert batch.text_mask.sum(1).tolist() == [1, 5, 10] and batch.text_tokens == 16
     batch = collate([example(0, 5, mentions=mentions(row, []))], text_length=4)
-    assert batch.injection_text_ids.tolist() == [[2, 10, 11, 3], [1] * 4]
+    assert batch.text_ids[batch.text_index[0]].tolist() == [[2, 10, 11, 3], [1] * 4]
+    batch = collate([example(0, 5)], text_length=4)  # no mention, but a row for the encoder
+    assert batch.text_ids.tolist() == [[1] * 4] and batch.text_tokens == 1
+    assert batch.text_index.shape == (2, 0)
+
+
+def test_a_mention_whose_answer_has_no_name_is_not_decoded():
+    row = [[1, 2, 0, 0, 0, 0, 0], [2, 4, 1, 0, 0, 0, 0]]
+    batch = collate([example(0, 6, mentions=mentions(row, [[0, 0, 0], [1, 0, 1]]))])
+    assert batch.decode_tokens.tolist() == [[10, 11, 12], [-1] * 3]
+    assert batch.knowledge_positions.tolist() == [1] and batch.knowledge_owner.tolist() == [0]
+    assert batch.decoded_width == 2
+
+
+def test_window_tokens_against_a_loop():
+    for half_window in (0, 1, 3, 20):
+        batch = collate(examples(), half_window=half_window)
+        lengths = batch.attention_mask.sum(1).tolist()
+        assert batch.window_tokens == sum(
+            min(right + half_window, lengths[row]) - max(left - half_window, 0)
+            for row, left, right in batch.mention_spans.tolist()
+        )
+
+
+def test_span_positions_against_a_loop():
+    spans = np.array([[0, 1, 4], [2, 0, 1], [1, 5, 7]])
+    positions, owner = span_positions(spans, 8)
+    expected = [
+        (row * 8 + column, i)
+        for i, (row, left, right) in enumerate(spans.tolist())
+        for column in range(left, right)
+    ]
+    assert list(zip(positions.tolist(), owner.tolist(), strict=True)) == expected
+    assert span_positions(spans[:0], 8)[0].shape == (0,)
 
 
 def test_to_moves_every_tensor():

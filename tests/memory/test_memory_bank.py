@@ -12,6 +12,7 @@ import torch
 from multiprocess import run_ranks
 
 from trelm_ds.config import MemoryConfig
+from trelm_ds.distributed import cpu_group
 from trelm_ds.errors import CheckpointError, ConfigError, DataError, TrelmError
 from trelm_ds.memory import bank as bank_module
 from trelm_ds.memory.bank import MemoryBank
@@ -28,9 +29,9 @@ def name_rows(keys):
     return rows.requires_grad_()  # as rows of the embedding table do
 
 
-def make_bank(num_keys=NUM_KEYS, hidden=HIDDEN, device="cpu", **config):
+def make_bank(num_keys=NUM_KEYS, hidden=HIDDEN, device="cpu", control=None, **config):
     config = MemoryConfig(**({"virtual_shards": SHARDS} | config))
-    bank = MemoryBank(num_keys, hidden, config, device=device)
+    bank = MemoryBank(num_keys, hidden, config, device=device, control=control)
     bank.initialise(name_rows if hidden == HIDDEN else lambda keys: torch.zeros(len(keys), hidden))
     return bank
 
@@ -121,7 +122,8 @@ def scenario(rank, world_size, folder):
     torch.manual_seed(rank)  # other shuffles on other ranks
     folder = Path(folder)
     seen = {"digest": [], "rows": []}
-    bank = make_bank()
+    # Numbers of rows travel on a group of their own, as beside a GPU's.
+    bank = make_bank(control=cpu_group())
     for step in range(1, STEPS + 1):
         mentions = global_step(step)
         mine = mentions[0][mentions[1] % 12 % world_size == rank]

@@ -7,11 +7,13 @@ import torch
 
 from trelm_ds.config import build_config
 from trelm_ds.data.collate import Batch
+from trelm_ds.data.host_sizes import distinct_texts, mention_tokens, window_tokens
 from trelm_ds.memory.bank import MemoryRows
 from trelm_ds.model import Normalizers, TrelmModel, build_backbone
 
 VOCAB, PAD, CLS, SEP, MASK = 60, 1, 2, 3, 4
 ENTITIES, RELATIONS, DIM = 7, 3, 5
+HALF_WINDOW = 3
 SHAPE = {
     "model.hidden_size": 16,
     "model.num_hidden_layers": 2,
@@ -22,7 +24,7 @@ SHAPE = {
     "model.attention_probs_dropout_prob": 0.0,
     "data.max_seq_length": 32,
     "decoding.num_negatives": 9,
-    "memory.half_window": 3,
+    "memory.half_window": HALF_WINDOW,
 }
 
 
@@ -115,6 +117,10 @@ def make_batch(lengths=(14, 9, 20), mentions=None, decode=None, text_length=0, s
                     count = 1 + key % (text_length - 2)
                     text[i, : count + 2] = [CLS, *(5 + (key + np.arange(count)) % 50), SEP]
     positions = [row * size + column for row, column in targets]
+    decoded = np.array([d[0] for d in decode], dtype=np.int64)
+    host = distinct_texts(*texts, PAD)
+    host |= mention_tokens(columns[:, :3], columns[:, 4] > 0, decoded, gold, size)
+    host["window_tokens"] = window_tokens(columns[:, :3], np.array(lengths), HALF_WINDOW)
 
     def tensor(values, shape=None):
         array = torch.as_tensor(np.array(values), dtype=torch.int64)
@@ -135,9 +141,7 @@ def make_batch(lengths=(14, 9, 20), mentions=None, decode=None, text_length=0, s
         injection_role=tensor(columns[:, 5]),
         injection_relation=tensor(columns[:, 6]),
         injection_other=tensor(columns[:, 7]),
-        injection_text_ids=tensor(texts[0], (len(columns), text_length)),
-        relation_text_ids=tensor(texts[1], (len(columns), text_length)),
-        decode_mention=tensor([d[0] for d in decode]),
+        decode_mention=tensor(decoded),
         decode_relation=tensor([d[1] for d in decode]),
         decode_other=tensor([0] * len(decode)),
         decode_tokens=tensor(gold, (len(decode), width)),
@@ -145,6 +149,7 @@ def make_batch(lengths=(14, 9, 20), mentions=None, decode=None, text_length=0, s
         **make_candidates(decode),
         num_tokens=sum(lengths),
         num_mlm_mentions=0,
+        **{k: v if isinstance(v, int) else torch.from_numpy(v) for k, v in host.items()},
     )
 
 
@@ -173,7 +178,7 @@ ONES = Normalizers(mlm=1.0, cka=1.0, entity=1.0, text=1.0, objects=1.0)
 def sample_batch_without(batch, *, mentions=False, targets=False):
     """The batch with its mentions and decoding, or its MLM targets, taken out."""
     lengths = batch.attention_mask.sum(1).tolist()
-    text = batch.injection_text_ids.shape[1]
+    text = batch.text_ids.shape[1]
     smaller = make_batch(lengths, [], [], text) if mentions else batch
     if targets:
         smaller = smaller.to("cpu")

@@ -1,6 +1,5 @@
 """The composed model: input mixing, losses, gradients, both architectures, empty batches."""
 
-import dataclasses
 import math
 
 import pytest
@@ -32,7 +31,6 @@ from trelm_ds.model import (
     mlm_head,
     parameter_groups,
     span_mean,
-    span_positions,
 )
 
 BOTH = pytest.mark.parametrize("model_type", ["bert", "roberta"])
@@ -41,19 +39,12 @@ BOTH = pytest.mark.parametrize("model_type", ["bert", "roberta"])
 # -- spans --------------------------------------------------------------------------------------
 
 
-def test_span_positions_and_means_against_loops():
+def test_span_means_against_a_loop():
     spans = torch.tensor([[0, 1, 4], [2, 0, 1], [1, 5, 7]])
-    positions, owner = span_positions(spans, 8)
-    expected = [
-        (row * 8 + column, i)
-        for i, (row, left, right) in enumerate(spans.tolist())
-        for column in range(left, right)
-    ]
-    assert list(zip(positions.tolist(), owner.tolist(), strict=True)) == expected
     states = torch.randn(3, 8, 5, dtype=torch.float64)
     for i, (row, left, right) in enumerate(spans.tolist()):
         torch.testing.assert_close(span_mean(states, spans)[i], states[row, left:right].mean(0))
-    assert span_positions(spans[:0], 8)[0].shape == (0,)
+    assert torch.equal(span_mean(states, spans, 3), span_mean(states, spans))
     assert span_mean(states, spans[:0]).shape == (0, 5)
 
 
@@ -410,10 +401,7 @@ def test_encoder_form_pools_the_texts_of_the_triple():
     model = make_model(injection__form="encoder").double().eval()
     batch = make_batch(text_length=8)
     other, relation = model._knowledge(batch)
-    for texts, vectors in (
-        (batch.injection_text_ids, other),
-        (batch.relation_text_ids, relation),
-    ):
+    for texts, vectors in zip(batch.text_ids[batch.text_index], (other, relation), strict=True):
         for i, text in enumerate(texts.tolist()):
             if not batch.injection_role[i]:
                 continue
@@ -435,7 +423,7 @@ def test_encoder_form_sends_gradients_through_the_texts():
     batch = make_batch(text_length=8)
     elsewhere = torch.cat([batch.input_ids.flatten(), batch.decode_tokens.flatten()])
     elsewhere = set(elsewhere.tolist()) | set(batch.negatives.tolist())
-    token = min(set(batch.injection_text_ids[:2].flatten().tolist()) - elsewhere)
+    token = min(set(batch.text_ids[batch.text_index[0, :2]].flatten().tolist()) - elsewhere)
     batch.mlm_positions, batch.mlm_labels = batch.mlm_positions[:0], batch.mlm_labels[:0]
     model(batch, None, 0.0, ONES).loss.backward()
     assert model.word_embeddings.weight.grad[token].abs().max() > 1e-6
@@ -568,6 +556,5 @@ def test_tables_do_not_reach_the_checkpoint():
 def test_batch_helper_masks_no_injected_token():
     batch = make_batch()
     assert MASK in batch.input_ids
-    injected = dataclasses.replace(batch).mention_spans[batch.mention_injected]
-    positions, _ = span_positions(injected, batch.input_ids.shape[1])
-    assert not set(positions.tolist()) & set(batch.mlm_positions.tolist())
+    assert len(batch.injected_positions)
+    assert not set(batch.injected_positions.tolist()) & set(batch.mlm_positions.tolist())

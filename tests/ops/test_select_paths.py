@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trelm_ds.ops import reference
+from trelm_ds.ops import reference, select_paths_padded
 
 
 def _select(ops, scores, k, positive_only=True, threshold=0.0):
@@ -70,6 +70,26 @@ def test_equals_the_reference_on_scores_with_many_ties(kernels, dtype):
         arguments = (scores, k, trial % 2 == 0, 0.3 * (trial % 3))
         expected = reference.select_paths(*arguments)
         assert torch.equal(kernels.select_paths(*arguments), expected)
+
+
+@pytest.mark.parametrize("positive_only", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+def test_padded_lists_the_same_and_fills_up_with_others(ops, positive_only, threshold):
+    generator = torch.Generator().manual_seed(2)
+    for k in (0, 1, 5, 40, 64, 99):
+        scores = torch.randint(-9, 9, (64,), generator=generator).double()
+        scores[::7] = torch.nan
+        scores[1::9] = -torch.inf
+        rows, used = select_paths_padded(scores, k, positive_only, threshold)
+        assert rows.shape == used.shape == (min(k, 64),)
+        assert (rows.diff() > 0).all() and rows.dtype == torch.int64  # ascending, hence distinct
+        assert rows[used].tolist() == _select(ops, scores, k, positive_only, threshold)
+
+
+def test_padded_without_scores_that_count():
+    rows, used = select_paths_padded(torch.tensor([-1.0, math.nan, 0.0]), 2)
+    assert len(rows) == 2 and not used.any()
+    assert [len(t) for t in select_paths_padded(torch.zeros(0), 3, threshold=0.2)] == [0, 0]
 
 
 @pytest.mark.parametrize("k", [0, 9, 64])

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from model.model_batches import ONES, make_batch, make_memory, make_model
 from routing.routing_ranks import LENGTH, ROWS, VOCABULARY, Model
 
 from trelm_ds.config import RoutingConfig
@@ -51,6 +52,21 @@ def _assert_compiled_equals_eager(form, backend):
 @pytest.mark.parametrize("form", ["block", "in_backward"])
 def test_compiled_equals_eager(form):
     _assert_compiled_equals_eager(form, "aot_eager")
+
+
+@pytest.mark.parametrize("overrides", [{}, {"injection__form": "encoder"}], ids=["kge", "encoder"])
+def test_a_dense_forward_is_one_graph(overrides):
+    torch._dynamo.reset()
+    model = make_model(routing__form="none", **overrides)
+    batch = make_batch(text_length=8 if overrides else 0)
+    memory = make_memory(batch)
+
+    def loss():
+        return model(batch, memory, 0.5, ONES).loss.detach()
+
+    found = torch.compile(loss, backend="eager", fullgraph=True)()
+    torch._dynamo.reset()
+    assert torch.equal(found, loss())
 
 
 @pytest.mark.slow

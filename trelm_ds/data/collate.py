@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from trelm_ds.data.candidates import no_candidates
+from trelm_ds.data.host_sizes import distinct_texts, mention_tokens, window_tokens
 from trelm_ds.data.sampling import SampledMentions
 from trelm_ds.data.schema import ROLE_NONE
 from trelm_ds.data.special import SpecialTokens
@@ -39,13 +40,20 @@ class Batch:
             the injected triple, 2: the tail.
         injection_relation: int64 [M], 0 where role is 0.
         injection_other: int64 [M] entity, 0 where role is 0.
-        injection_text_ids: int64 [M, X] name of the other entity with specials, padded; all pads
-            where role is 0; X is 0 unless the injection form is ``encoder``.
-        relation_text_ids: int64 [M, X] name of the relation, likewise.
+        injected_positions: int64 [P] tokens of the injected mentions, flat into B * S.
+        injected_owner: int64 [P] the row of ``mention_spans`` that each belongs to.
+        text_ids: int64 [U, X] distinct names of other entities and relations with specials, padded,
+            and a row of pads; [0, 0] unless the injection form is ``encoder``.
+        text_mask: int64 [U, X], 1 at real tokens and at every text's first one.
+        text_index: int64 [2, M] rows of ``text_ids``: the other entity's and the relation's; the
+            row of pads where role is 0.
         decode_mention: int64 [D] row of ``mention_spans``.
         decode_relation: int64 [D] in [0, 2R): r decodes the tail, R + r the head.
         decode_other: int64 [D] the gold entity.
         decode_tokens: int64 [D, T] its name's tokens, padded with -1.
+        knowledge_positions: int64 [Q] tokens of the mentions that a name is decoded from, flat into
+            B * S.
+        knowledge_owner: int64 [Q] the row of ``mention_spans`` that each belongs to.
         negatives: int64 [N] token ids shared by the optimizer step.
         entity_tokens: int64 [C, X] name tokens of the entities that triples choose among, padded
             with -1; C and the lengths of the next three are 0 without entity decoding.
@@ -54,6 +62,9 @@ class Batch:
         entity_hits: int64 [H] flat into D * C: other right answers, which are no negatives.
         num_tokens: real tokens.
         num_mlm_mentions: G, mentions masked whole.
+        decoded_width: tokens of the longest mention in ``decode_mention``; at least 1.
+        window_tokens: tokens of all mentions' windows (Eq. 4).
+        text_tokens: ones of ``text_mask``.
     """
 
     input_ids: torch.Tensor
@@ -70,12 +81,17 @@ class Batch:
     injection_role: torch.Tensor
     injection_relation: torch.Tensor
     injection_other: torch.Tensor
-    injection_text_ids: torch.Tensor
-    relation_text_ids: torch.Tensor
+    injected_positions: torch.Tensor
+    injected_owner: torch.Tensor
+    text_ids: torch.Tensor
+    text_mask: torch.Tensor
+    text_index: torch.Tensor
     decode_mention: torch.Tensor
     decode_relation: torch.Tensor
     decode_other: torch.Tensor
     decode_tokens: torch.Tensor
+    knowledge_positions: torch.Tensor
+    knowledge_owner: torch.Tensor
     negatives: torch.Tensor
     entity_tokens: torch.Tensor
     entity_log_q: torch.Tensor
@@ -83,6 +99,9 @@ class Batch:
     entity_hits: torch.Tensor
     num_tokens: int
     num_mlm_mentions: int
+    decoded_width: int
+    window_tokens: int
+    text_tokens: int
 
     @classmethod
     def from_numpy(cls, arrays: dict[str, np.ndarray | int]) -> Batch:
@@ -153,7 +172,8 @@ class Collator:
         max_decoded: T, longest name decoded; the rest of a longer one is not asked for.
         tables: names of entities and relations.
         text_length: X, tokens of a name with its specials, for the injection form ``encoder``;
-            0 leaves ``*_text_ids`` without columns.
+            0: none is encoded.
+        half_window: k of Eq. 4, for ``window_tokens``.
     """
 
     def __init__(
@@ -164,6 +184,7 @@ class Collator:
         max_decoded: int,
         tables: KnowledgeTables,
         text_length: int = 0,
+        half_window: int = 0,
     ):
         self._special = special
         self._multiple = pad_to_multiple_of
@@ -171,6 +192,7 @@ class Collator:
         self._max_decoded = max_decoded
         self._tables = tables
         self._text_length = text_length
+        self._half_window = half_window
 
     def __call__(self, examples: list[Example], negatives: np.ndarray) -> dict:
         """Arrays for ``Batch.from_numpy``; arrays travel between processes better than tensors.
@@ -210,6 +232,11 @@ class Collator:
             return np.concatenate([getattr(m, name) for m in found])
 
         role, other, relation = joined("role"), joined("other"), joined("relation")
+        spans, injected = np.column_stack([row_of, joined("spans")]), joined("injected")
+        decode_mention = np.concatenate([m.decode_mention + first[i] for i, m in enumerate(found)])
+        decode_tokens = self._gold_tokens(joined("decode_entity"))
+        other_text = self._text(self._tables.entity_names, other, role)
+        relation_text = self._text(self._tables.relation_names, relation, role)
         return {
             "input_ids": corrupted,
             "original_ids": original,
@@ -219,24 +246,23 @@ class Collator:
             "mlm_labels": original.ravel()[positions],
             "mlm_mention": masked_key[group],
             "mlm_mention_group": group,
-            "mention_spans": np.column_stack([row_of, joined("spans")]),
+            "mention_spans": spans,
             "mention_keys": joined("keys"),
-            "mention_injected": joined("injected"),
+            "mention_injected": injected,
             "injection_role": role,
             "injection_relation": relation,
             "injection_other": other,
-            "injection_text_ids": self._text(self._tables.entity_names, other, role),
-            "relation_text_ids": self._text(self._tables.relation_names, relation, role),
-            "decode_mention": np.concatenate(
-                [m.decode_mention + first[i] for i, m in enumerate(found)]
-            ),
+            **distinct_texts(other_text, relation_text, self._special.pad),
+            "decode_mention": decode_mention,
             "decode_relation": joined("decode_relation"),
             "decode_other": joined("decode_entity"),
-            "decode_tokens": self._gold_tokens(joined("decode_entity")),
+            "decode_tokens": decode_tokens,
+            **mention_tokens(spans, injected, decode_mention, decode_tokens, size),
             "negatives": negatives,
             **no_candidates(),
             "num_tokens": int(lengths.sum()),
             "num_mlm_mentions": len(masked_keys),
+            "window_tokens": window_tokens(spans, lengths, self._half_window),
         }
 
     def _gold_tokens(self, entities: np.ndarray) -> np.ndarray:

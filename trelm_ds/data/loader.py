@@ -326,6 +326,7 @@ class StepLoader:
                 config.decoding.max_tokens,
                 tables,
                 text_length if config.injection.form == "encoder" else 0,
+                config.memory.half_window,
             ),
             negatives,
             candidates,

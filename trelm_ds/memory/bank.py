@@ -66,6 +66,8 @@ class MemoryBank:
             torch.distributed is not initialised. A bank on the CPU needs a gloo group, one on
             a GPU an NCCL group.
         device: where the rank's share lives.
+        control: host-side group of the same ranks, over which they tell each other how many rows
+            come: a lookup then waits for no GPU. None: ``process_group`` does.
 
     Attributes:
         version: commits applied so far.
@@ -80,9 +82,10 @@ class MemoryBank:
         config: MemoryConfig,
         process_group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
+        control: dist.ProcessGroup | None = None,
     ):
         self.device = torch.device(device)
-        self.group = process_group
+        self.group, self._control = process_group, control
         self.rank, world_size = 0, 1
         if dist.is_available() and dist.is_initialized():
             self.rank = dist.get_rank(process_group)
@@ -99,7 +102,7 @@ class MemoryBank:
         self.hidden_size = hidden_size
         self.layout = KeyLayout(num_keys, config.virtual_shards, world_size)
         bounds = self.layout.rank_bounds()
-        self._bounds = torch.tensor(bounds, device=self.device)
+        self._bounds = torch.tensor(bounds)
         self._first, end = bounds[self.rank], bounds[self.rank + 1]
         self._rows = torch.zeros(end - self._first, 2, hidden_size, device=self.device)
         self._count = torch.zeros(end - self._first, dtype=torch.int64, device=self.device)
@@ -135,39 +138,44 @@ class MemoryBank:
         self._staged.clear()
         self.version = 0
 
-    def lookup(self, keys: Tensor) -> MemoryRows:
+    def lookup(self, keys: Tensor, device: torch.device | str | None = None) -> MemoryRows:
         """The rows of ``keys`` as of the last commit; collective.
 
         Rows travel as float32, so the answer does not depend on the number of ranks.
 
         Args:
-            keys: int64 [M], repeats welcome: each distinct key travels once per rank.
+            keys: int64 [M], repeats welcome: each distinct key travels once per rank. Keys on the
+                CPU are counted there, and no GPU is waited for.
+            device: where the answer goes; None: where ``keys`` are.
 
         Returns:
-            On the device of ``keys``.
+            On ``device``.
 
         Raises:
             DataError: a key of this rank is out of range.
         """
-        slots = self.layout.slots(self._in_range(keys.to(self.device)))
+        device = keys.device if device is None else torch.device(device)
+        slots = self.layout.slots(self._in_range(keys))
         asked, inverse = torch.unique(slots, return_inverse=True)  # sorted, hence by owner
         send = self._per_owner(asked)
         receive = self._exchange_counts(send)
+        asked, inverse = _send(asked, self.device), _send(inverse, self.device)
         mine = self._exchange(asked, send, receive) - self._first
         rows = self._exchange(self._rows.index_select(0, mine), receive, send)
         count = self._exchange(self._count.index_select(0, mine), receive, send)
         rows, count = rows.index_select(0, inverse), count.index_select(0, inverse)
-        rows, count = rows.to(keys.device), count.to(keys.device)
+        rows, count = _send(rows, device), _send(count, device)
         return MemoryRows(local=rows[:, 0], global_=rows[:, 1], count=count)
 
     def stage(self, keys: Tensor, sequence_ids: Tensor, local: Tensor, cls: Tensor) -> None:
         """Keeps a micro-batch's contributions until the step's commit; not collective.
 
-        Rows are kept as fp16, clipped to its finite range. All mentions of one sequence must be
-        staged by one rank: a (sequence, key) pair is counted once per rank.
+        Rows are kept as fp16, clipped to its finite range, on the device that they come from: a
+        bank on the CPU fetches them at the commit, once a step. All mentions of one sequence must
+        be staged by one rank: a (sequence, key) pair is counted once per rank.
 
         Args:
-            keys: int64 [M].
+            keys: int64 [M]; they and ``sequence_ids`` on any device, all micro-batches alike.
             sequence_ids: int64 [M], the global stream position of the mention's sequence.
             local: float [M, d], Eq. 4.
             cls: float [M, d], last-layer state of the sequence's first token; equal for all
@@ -180,12 +188,12 @@ class MemoryBank:
                 f"local {tuple(local.shape)}, cls {tuple(cls.shape)}; expected rows {shape}"
             )
         # Clipping would hide an infinity, so finiteness is judged first (the extremes carry NaN
-        # on); the rows are taken out at the commit, where the device is synchronised anyway.
+        # on); the rows are taken out at the commit, where the device is waited for anyway.
         extremes = [x.detach() for x in (local.amax(1), local.amin(1), cls.amax(1), cls.amin(1))]
         finite = torch.stack(extremes).isfinite().all(0)
         rows = torch.stack([local.detach().half(), cls.detach().half()], 1)
         rows.clamp_(-_FP16_MAX, _FP16_MAX)
-        self._staged.append(tuple(x.to(self.device) for x in (keys, sequence_ids, finite, rows)))
+        self._staged.append((keys, sequence_ids, finite, rows))
 
     def drop(self) -> None:
         """Forgets the staged contributions of a skipped step; every rank must call it."""
@@ -348,7 +356,9 @@ class MemoryBank:
             ids = torch.empty(0, dtype=torch.int64, device=self.device)
             rows = torch.empty(0, self.hidden_size, dtype=torch.float16, device=self.device)
             return ids, rows, 0
-        keys, sequences, finite, rows = (torch.cat(x) for x in zip(*self._staged, strict=True))
+        keys, sequences, finite, rows = (
+            _send(torch.cat(x), self.device) for x in zip(*self._staged, strict=True)
+        )
         self._in_range(keys)
         kept = finite.nonzero().squeeze(1)
         rejected = len(keys) - len(kept)
@@ -417,15 +427,18 @@ class MemoryBank:
 
     def _per_owner(self, slots: Tensor) -> list[int]:
         """How many of ``slots`` (sorted) each rank owns."""
-        cuts = torch.searchsorted(slots, self._bounds)
+        cuts = torch.searchsorted(slots, _send(self._bounds, slots.device))
         return torch.diff(cuts).tolist()
 
     def _exchange_counts(self, send: list[int]) -> list[int]:
         if self.layout.world_size == 1:
             return send
-        outgoing = torch.tensor(send, device=self.device)
+        group, device = self._control, torch.device("cpu")
+        if group is None:
+            group, device = self.group, self.device
+        outgoing = torch.tensor(send, device=device)
         incoming = torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming, outgoing, group=self.group)
+        dist.all_to_all_single(incoming, outgoing, group=group)
         return incoming.tolist()
 
     def _exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
@@ -442,3 +455,8 @@ class MemoryBank:
         total = torch.tensor(values, device=self.device)
         dist.all_reduce(total, group=self.group)
         return total.tolist()
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; a GPU gets it in its own time, the CPU waits until it is there."""
+    return tensor.to(device, non_blocking=device.type != "cpu")

@@ -14,6 +14,7 @@ def local_memory(
     spans: Tensor,
     half_window: int,
     paper_norm: bool = False,
+    num_tokens: int | None = None,
 ) -> Tensor:
     """Mean state over [left - k, right + k), clipped to the real tokens (Eq. 4).
 
@@ -27,6 +28,8 @@ def local_memory(
         spans: int64 [M, 3], rows (row, left, right), right exclusive, inside the real tokens.
         half_window: k in tokens, >= 0.
         paper_norm: divide by 2k + r - l even where the window is clipped.
+        num_tokens: of all windows together; with it nothing waits for a GPU, without it the sizes
+            are summed up.
 
     Returns:
         float32 [M, d], without gradient.
@@ -39,10 +42,9 @@ def local_memory(
     high = torch.minimum(right + half_window, attention_mask.sum(1)[row])
     size = high - low
     # One bag of flat positions per mention, summed in float32 without materialising the windows:
-    # 5 to 100 times faster on CPU than differences of cumulative sums. On a GPU the total is a
-    # device sync.
+    # 5 to 100 times faster on CPU than differences of cumulative sums.
     start = size.cumsum(0) - size
-    positions = torch.repeat_interleave(row * length + low - start, size)
+    positions = torch.repeat_interleave(row * length + low - start, size, output_size=num_tokens)
     positions += torch.arange(len(positions), device=positions.device)
     flat = hidden_states.detach().reshape(-1, hidden).float()
     total = F.embedding_bag(positions, flat, start, mode="sum")

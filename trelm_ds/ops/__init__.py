@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trelm_ds.ops import reference
 from trelm_ds.ops.library import load_kernels
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "neuron_scores",
     "path_weight_grad",
     "select_paths",
+    "select_paths_padded",
 ]
 
 
@@ -81,10 +83,28 @@ def select_paths(
             limit. With a threshold and no positive score, nothing is selected.
 
     Returns:
-        int64 [<= k], ascending. On a GPU its length makes the host wait for the device.
+        int64 [<= k], ascending. On a GPU its length makes the host wait for the device:
+        :func:`select_paths_padded` does not.
     """
     _prepare(scores)
     return torch.ops.trelm.select_paths(scores.detach(), k, positive_only, threshold)
+
+
+def select_paths_padded(
+    scores: Tensor, k: int, positive_only: bool = True, threshold: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """:func:`select_paths` with results of a size known beforehand: no device is waited for.
+
+    In torch's operators on every device.
+
+    Args:
+        scores, k, positive_only, threshold: as there.
+
+    Returns:
+        int64 [min(k, f)], ascending and distinct: the neurons that ``select_paths`` returns, and in
+        the place of those that are missing others; and bool [min(k, f)], which of them are meant.
+    """
+    return reference.select_paths_padded(scores.detach(), k, positive_only, threshold)
 
 
 def path_weight_grad(grad_out: Tensor, inputs: Tensor, rows: Tensor) -> Tensor:

@@ -30,6 +30,13 @@ def neuron_scores(
 
 
 def select_paths(scores: Tensor, k: int, positive_only: bool, threshold: float) -> Tensor:
+    rows, used = select_paths_padded(scores, k, positive_only, threshold)
+    return rows[used]  # its length is data: a GPU is waited for
+
+
+def select_paths_padded(
+    scores: Tensor, k: int, positive_only: bool, threshold: float
+) -> tuple[Tensor, Tensor]:
     scores = scores.double()
     allowed = ~scores.isnan()
     if positive_only:
@@ -37,9 +44,10 @@ def select_paths(scores: Tensor, k: int, positive_only: bool, threshold: float) 
     if threshold > 0 and scores.numel():
         largest = scores.masked_fill(~allowed, -torch.inf).amax()
         allowed &= (scores >= threshold * largest) & (largest > 0)
-    rows = allowed.nonzero().flatten()  # its length is data: the one wait for the device
-    best = torch.argsort(scores[rows], descending=True, stable=True)[:k]
-    return rows[best].sort().values
+    best = scores.argsort(descending=True, stable=True)
+    best = best[allowed[best].argsort(descending=True, stable=True)]  # the allowed ones first
+    rows = best[:k].sort().values
+    return rows, allowed[rows]
 
 
 def contiguous_range(rows: Tensor) -> tuple[int, int] | None:

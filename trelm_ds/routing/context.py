@@ -61,7 +61,8 @@ class RoutingContext:
     # ---- the model -------------------------------------------------------------------------
 
     def set_targets(self, flat_positions: torch.Tensor, weights: torch.Tensor) -> None:
-        """Where the knowledge of the coming backward is; called at the end of every forward.
+        """Where the knowledge of the coming backward is; called at the end of every forward that
+        decodes mentions.
 
         The FIRST backward through a layer after this call is taken for the one of the forward
         that called it: passes made earlier in the same forward (texts of injected entities)

@@ -131,6 +131,7 @@ class RoutingController:
         self._current: list[LayerPaths] | None = None
         self._scores: list[torch.Tensor | None] = [None] * self.num_layers  # they were chosen by
         self._reference: PathScores | None = None  # of an audited step
+        self._masks: dict[str, torch.Tensor] | None = None  # of the step, once asked for
         self._audit: dict[str, float] = {}  # since the last report
         self._attribution_s = self._audit_s = 0.0
         self._steps = 0
@@ -155,7 +156,7 @@ class RoutingController:
             self.truncation.active = self._reached(self.config.truncate_start, progress)
             self.cut = self.truncation.depth if self.truncation.active else 0
         self._micro_batch = 0
-        self._reference = None
+        self._reference = self._masks = None
         if not self.routed:
             self.context.end()
             return
@@ -226,7 +227,8 @@ class RoutingController:
     def row_counts(self, layer: int) -> torch.Tensor:
         """Updates of each neuron including this step's, 0 where it is off the path.
 
-        To be read by the optimizer, after the step's last backward and before ``end_step``.
+        To be read by the optimizer, after the step's last backward and before ``end_step``. Where
+        a GPU chose the paths, the first question waits for it and answers all others of the step.
 
         Returns:
             int64 [f] on the CPU.
@@ -263,7 +265,7 @@ class RoutingController:
                 chosen_by = self.context.chosen_by
                 self._scores = [None if s is None else s.mid for s in chosen_by]
             if self._reference is not None:
-                self._audit = self._compare_with_reference(paths)
+                self._audit = self._compare_with_reference([p.compact() for p in paths])
         self._reference = None
         self.context.end()
         if self.truncation is not None:
@@ -297,20 +299,21 @@ class RoutingController:
         if not self.routed or self._current is None:
             result["routing/kept_fraction"] = 1.0 - self.cut / self.num_layers
             return result
-        kept = [len(p.rows) / self.size for p in self._current]
+        current = [p.compact() for p in self._current]
+        kept = [len(p.rows) / self.size for p in current]
         result["routing/kept_fraction"] = _mean(kept)
         if self.config.paths == "full":
             result["routing/kept_weight_fraction"] = _mean(
                 rows * (len(p.inputs) + len(p.outputs)) / (2 * self.hidden_size)
-                for rows, p in zip(kept, self._current, strict=True)
+                for rows, p in zip(kept, current, strict=True)
                 if p.inputs is not None
             )
         if self._previous is not None:
             result["routing/jaccard"] = _mean(
-                _jaccard(self._previous[layer].rows, self._current[layer].rows)
+                _jaccard(self._previous[layer].compact().rows, current[layer].rows)
                 for layer in self._trained_layers()
             )
-        mass = self._mass(self._current)
+        mass = self._mass(current)
         if mass is not None:
             result["routing/captured_mass"] = mass
         result.update(self._audit)
@@ -329,7 +332,7 @@ class RoutingController:
         if self._current is not None:
             previous = torch.zeros(self.num_layers, self.size, dtype=torch.bool)
             for kept, paths in zip(previous, self._current, strict=True):
-                kept[paths.rows.cpu()] = True
+                kept[:] = paths.kept("rows", self.size)
             state["previous_paths"] = previous
         if self.config.form == "block":
             state["block.rotations"] = torch.tensor(self.blocks.count)
@@ -438,20 +441,33 @@ class RoutingController:
         """Neurons that the step updates, bool [f]."""
         if self.frozen(layer) or not self.routed:
             return torch.full((self.size,), not self.frozen(layer))
-        kept = torch.zeros(self.size, dtype=torch.bool)
-        paths = self.context.paths[layer]
-        if paths is not None:
-            kept[paths.rows.cpu()] = True
-        return kept
+        return self._kept_masks()["rows"][layer]
 
     def _kept_entries(self, layer: int, which: str) -> torch.Tensor | None:
         if not self.routed or self.config.paths != "full":
             return None
-        kept = torch.zeros(self.hidden_size, dtype=torch.bool)
-        paths = self.context.paths[layer]
-        if paths is not None:
-            kept[getattr(paths, which).cpu()] = True
-        return kept
+        return self._kept_masks()[which][layer]
+
+    def _kept_masks(self) -> dict[str, torch.Tensor]:
+        """The step's paths on the CPU: ``rows`` bool [L, f]; with ``paths: full``, ``inputs`` and
+        ``outputs`` bool [L, d].
+
+        The optimizer asks several times a layer. What a GPU has chosen is copied once a step, all
+        layers together; where a block lies is known without.
+        """
+        if self._masks is None:
+            sizes = {"rows": self.size}
+            if self.config.paths == "full":
+                sizes |= {"inputs": self.hidden_size, "outputs": self.hidden_size}
+            masks = [
+                None if paths is None else torch.cat([paths.kept(*side) for side in sizes.items()])
+                for paths in self.context.paths
+            ]
+            device = next((mask.device for mask in masks if mask is not None), "cpu")
+            nothing = torch.zeros(sum(sizes.values()), dtype=torch.bool, device=device)
+            kept = torch.stack([nothing if mask is None else mask for mask in masks]).cpu()
+            self._masks = dict(zip(sizes, kept.split(list(sizes.values()), 1), strict=True))
+        return self._masks
 
     def _mass(self, paths: list[LayerPaths]) -> float | None:
         pairs = [(paths[i], self._scores[i]) for i in self._trained_layers()]

@@ -103,6 +103,7 @@ class _RoutedFFNFunction(torch.autograd.Function):
             else:
                 path_grad = paths.take(grad_activation, 1)
             path_grad = ffn.activation_backward(path_grad, paths.take(hidden, 1))
+            path_grad = paths.only_used(path_grad)
             grad_x = path_grad @ paths.take(up_weight, 0) if ctx.needs_input_grad[0] else None
 
         grad_up, grad_up_bias, grad_down = _weight_grads(
@@ -114,8 +115,7 @@ class _RoutedFFNFunction(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_down_bias = grad.sum(0)
             if paths.outputs is not None:
-                kept = torch.zeros_like(grad_down_bias, dtype=torch.bool)
-                kept[paths.outputs] = True
+                kept = paths.kept("outputs", len(grad_down_bias))
                 grad_down_bias = grad_down_bias.masked_fill(~kept, 0)
         return grad_x, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None
 
@@ -130,21 +130,23 @@ def _weight_grads(paths, x, activation, grad, grad_hidden, path_grad, needed):
     grad_up = grad_up_bias = grad_down = None
     size = activation.shape[1]
     exact = grad_hidden is not None
-    gathered = paths.start is None and paths.inputs is None  # else views, or columns too
+    # else views, columns too, or rows that are listed without being on the path
+    gathered = paths.start is None and paths.inputs is None and paths.rows_used is None
     if needed[0]:
         if exact and gathered:
             grad_up = ops.path_weight_grad(grad_hidden, x, paths.rows)
         else:
             left = paths.take(grad_hidden, 1) if exact else path_grad
-            grad_up = paths.weight_grad(left, x, paths.inputs, size)
+            grad_up = paths.weight_grad(left, x, paths.inputs, size, paths.inputs_used)
     if needed[1]:
-        rows_grad = (paths.take(grad_hidden, 1) if exact else path_grad).sum(0)
+        rows_grad = paths.only_used((paths.take(grad_hidden, 1) if exact else path_grad).sum(0))
         grad_up_bias = grad.new_zeros(size).index_copy_(0, paths.rows, rows_grad)
     if needed[2]:
         if gathered:
             grad_down = ops.path_weight_grad(activation, grad, paths.rows)
         else:
-            grad_down = paths.weight_grad(paths.take(activation, 1), grad, paths.outputs, size)
+            left = paths.take(activation, 1)
+            grad_down = paths.weight_grad(left, grad, paths.outputs, size, paths.outputs_used)
     return grad_up, grad_up_bias, grad_down
 
 

@@ -40,12 +40,19 @@ class LayerPaths:
 
     ``start`` is set when the rows are one contiguous block, so that matrices are viewed instead
     of gathered and nothing has to be read back from the device to find that out.
+
+    How many indices a selection keeps is data. On a GPU it lists a fixed number all the same, so
+    that no layer's backward waits, and ``*_used`` says which of them are on the path: what belongs
+    to the others gets a gradient of zero, like all that is not listed.
     """
 
     rows: torch.Tensor  # S_mid, [k]
     inputs: torch.Tensor | None = None  # S_in, with paths: full
     outputs: torch.Tensor | None = None  # S_out, with paths: full
     start: int | None = None
+    rows_used: torch.Tensor | None = None  # bool [k]; None: all of them
+    inputs_used: torch.Tensor | None = None
+    outputs_used: torch.Tensor | None = None
 
     @classmethod
     def block(cls, start: int, size: int, device) -> LayerPaths:
@@ -57,14 +64,49 @@ class LayerPaths:
             return matrix.narrow(dim, self.start, len(self.rows))
         return matrix.index_select(dim, self.rows)
 
-    def weight_grad(self, left: torch.Tensor, right: torch.Tensor, columns, size: int):
+    def kept(self, which: str, size: int) -> torch.Tensor:
+        """Bool [size], True on the path; on the device, or on the CPU for a block.
+
+        Args:
+            which: ``rows``, ``inputs`` or ``outputs``.
+            size: f, d or d.
+        """
+        if self.start is not None:
+            mask = torch.zeros(size, dtype=torch.bool)
+            mask[self.start : self.start + len(self.rows)] = True
+            return mask
+        index, used = getattr(self, which), getattr(self, f"{which}_used")
+        if used is None:
+            used = torch.ones_like(index, dtype=torch.bool)
+        return used.new_zeros(size).index_copy_(0, index, used)
+
+    def compact(self) -> LayerPaths:
+        """The same paths, without indices that are not on them. Waits for the device."""
+        sides = ((self.rows, self.rows_used), (self.inputs, self.inputs_used))
+        sides += ((self.outputs, self.outputs_used),)
+        indices = [index if used is None else index[used] for index, used in sides]
+        return LayerPaths(*indices, start=self.start)
+
+    def only_used(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` [..., k] of the listed neurons, with zeros for those not on the path."""
+        return values if self.rows_used is None else values.masked_fill(~self.rows_used, 0)
+
+    def weight_grad(
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        columns: torch.Tensor | None,
+        size: int,
+        columns_used: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """left^T right [size, d], spread from the path's rows (and columns); zero elsewhere.
 
         Args:
             left: float [N, k], columns of the path's neurons only.
             right: float [N, d].
-            columns: int64, the columns kept, or None for all of them; blocks keep all.
+            columns: int64 [c], the columns listed, or None for all of them; blocks keep all.
             size: f, rows of the result.
+            columns_used: bool [c], which of them are on the path; None: all.
         """
         if self.start is not None:  # the product goes straight to its place
             out = right.new_empty(size, right.shape[1])
@@ -75,9 +117,16 @@ class LayerPaths:
             return out
         out = right.new_zeros(size, right.shape[1])
         if columns is not None:
-            out[self.rows[:, None], columns] = left.t() @ right.index_select(1, columns)
+            right = right.index_select(1, columns)
+        path = left.t() @ right
+        if self.rows_used is not None:
+            path.masked_fill_(~self.rows_used[:, None], 0)
+        if columns_used is not None:
+            path.masked_fill_(~columns_used, 0)
+        if columns is not None:
+            out[self.rows[:, None], columns] = path
         else:
-            out.index_copy_(0, self.rows, left.t() @ right)
+            out.index_copy_(0, self.rows, path)
         return out
 
 
@@ -103,13 +152,17 @@ def select_layer_paths(
         threshold: also drop scores below this share of the layer's largest one.
     """
 
-    def select(values: torch.Tensor | None) -> torch.Tensor | None:
+    def select(values: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if values is None:
-            return None
-        k = kept_count(len(values), fraction, multiple_of)
-        return ops.select_paths(values, k, positive_only, threshold or 0.0)
+            return None, None
+        limits = (kept_count(len(values), fraction, multiple_of), positive_only, threshold or 0.0)
+        if values.device.type == "cpu":  # nothing to wait for, and fewer rows are less work
+            return ops.select_paths(values, *limits), None
+        return ops.select_paths_padded(values, *limits)
 
-    return LayerPaths(select(scores.mid), select(scores.inputs), select(scores.outputs))
+    sides = [select(values) for values in (scores.mid, scores.inputs, scores.outputs)]
+    (rows, inputs, outputs), used = zip(*sides, strict=True)
+    return LayerPaths(rows, inputs, outputs, None, *used)
 
 
 def random_layer_paths(
@@ -133,7 +186,8 @@ def random_layer_paths(
 
     def draw(n: int) -> torch.Tensor:
         chosen = rng.choice(n, kept_count(n, fraction, multiple_of), replace=False)
-        return torch.from_numpy(np.sort(chosen).astype(np.int64)).to(device)
+        rows = torch.from_numpy(np.sort(chosen).astype(np.int64))
+        return rows.to(device, non_blocking=True)
 
     paths = []
     for _ in range(num_layers):
