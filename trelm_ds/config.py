@@ -265,6 +265,7 @@ class RoutingConfig:
     start: float = 0.0  # fraction of the run that trains densely first
     rotation_steps: int = 50  # R, block only; 0: one fixed block
     floor: float = 0.25  # share of rotations that take the block left out longest
+    score_steps: int = 5  # block only: steps from one reading of a layer's scores to the next
     attribution_steps: int = 20  # m of Eq. 11, for form and audits exact
     quadrature_nodes: int = 2  # Gauss-Legendre nodes, for form and audits quadrature
     max_targets: int | None = None  # mentions per micro-batch attributed by exact / quadrature
@@ -290,6 +291,7 @@ class RoutingConfig:
         _fraction("routing.truncate_start", self.truncate_start)
         _require(self.multiple_of >= 1, "routing.multiple_of must be at least 1")
         _require(self.attribution_steps >= 1, "routing.attribution_steps must be at least 1")
+        _require(self.score_steps >= 1, "routing.score_steps must be at least 1")
         _require(self.quadrature_nodes >= 1, "routing.quadrature_nodes must be at least 1")
         if self.threshold is not None:
             _fraction("routing.threshold", self.threshold)

@@ -471,3 +471,59 @@ def test_hugging_faces_gradient_checkpointing(use_reentrant):
     plain, checkpointed = run(False), run(True)
     assert len(plain) == len(checkpointed)
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize(
+    ("paths", "exact", "kept"),
+    [
+        (LayerPaths.block(4, 8, "cpu"), False, 8),  # the block's columns of hidden
+        (LayerPaths.block(0, F, "cpu"), False, F),  # a view of everything must not be overwritten
+        (LayerPaths(ROWS), False, 4),
+        (LayerPaths.block(4, 8, "cpu"), True, F),  # hidden; the block's activations again
+        (LayerPaths(ROWS), True, 2 * F),
+    ],
+)
+def test_a_forward_keeps_what_its_backward_reads(activation, paths, exact, kept):
+    ffn, context, x, out_grad = make_ffn(activation=activation)
+    dense = dense_grads(ffn, x, out_grad)
+    context.exact_input_gradient = exact
+    parameters = {p.data_ptr() for p in ffn.parameters()} | {x.data_ptr()}
+    sizes = []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in parameters:
+            sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        context.begin([paths])
+        output = ffn(x)
+    torch.testing.assert_close(output, ffn.project(ffn.intermediate(x)))
+    grads = torch.autograd.grad(output, [x, *ffn.parameters()], out_grad)
+    assert sum(sizes) == N * kept
+    mask = row_mask(paths.rows)
+    for found, wanted in zip(grads[1:4], dense[1:4], strict=True):
+        torch.testing.assert_close(found, wanted * (mask[:, None] if wanted.dim() == 2 else mask))
+    if exact or len(paths.rows) == F:
+        torch.testing.assert_close(grads[0], dense[0])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_layers_take_turns_at_being_scored(exact):
+    ffn, context, x, out_grad = make_ffn()
+    context.exact_input_gradient = exact
+    for layer, turns in ((0, [0, 3]), (2, [1, 4])):
+        ffn.layer_index, context.num_layers = layer, 3
+        scored = []
+        for turn in range(6):
+            paths = [LayerPaths.block(4, 8, "cpu")] * 3
+            context.score_sums = None
+            context.begin(paths, ACCUMULATE, turn=turn, turns=3)
+            output = ffn(x)
+            context.set_targets(POSITIONS, WEIGHTS)
+            output.backward(out_grad)
+            if context.score_sums is not None:
+                assert context.score_sums[layer].abs().sum() > 0
+                scored.append(turn)
+        assert scored == turns

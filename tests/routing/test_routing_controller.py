@@ -163,6 +163,20 @@ def test_blocks_rotate_by_the_scores_gathered_in_between():
     assert "routing/captured_mass" in controller.metrics()
 
 
+def test_every_layer_is_scored_once_in_each_rotation_however_short():
+    for rotation_steps, score_steps, readings in ((3, 5, 1), (6, 2, 3), (4, 1, 4)):
+        model, controller = make("block", rotation_steps=rotation_steps, score_steps=score_steps)
+        model.eval()
+        read = torch.zeros(2)
+        for step in range(rotation_steps):
+            before = model.context.score_sums
+            before = torch.zeros(2, 24) if before is None else before.clone()
+            run_step(model, controller, step)
+            after = model.context.score_sums
+            read += 0 if after is None else (after != before).any(1)
+        assert read.tolist() == [readings] * 2
+
+
 def test_a_fixed_block_stays_and_gathers_nothing():
     model, controller = make("block", rotation_steps=0)
     rows = {tuple(run_step(model, controller, s)[0].clamp(max=1).tolist()) for s in range(4)}

@@ -54,6 +54,7 @@ class RoutingContext:
         self.chosen_by: list[PathScores | None] = []
         self._mode: str | None = None
         self._select: Callable[[PathScores], LayerPaths] | None = None
+        self._turn, self._turns = 0, 1
         self._scored: list[bool] = []
         self._positions: torch.Tensor | None = None
         self._weights: torch.Tensor | None = None
@@ -85,6 +86,8 @@ class RoutingContext:
         paths: list[LayerPaths | None],
         mode: str | None = None,
         select: Callable[[PathScores], LayerPaths] | None = None,
+        turn: int = 0,
+        turns: int = 1,
     ) -> None:
         """Opens a routed step.
 
@@ -92,11 +95,14 @@ class RoutingContext:
             paths: per layer, None where the layer's first backward has to choose.
             mode: ``SELECT``, ``ACCUMULATE`` or None (the backward computes no scores).
             select: scores of one layer, summed over ranks, to paths; with ``SELECT``.
+            turn, turns: with ``ACCUMULATE``, layer l is scored where turn + l is a multiple of
+                turns: some layers in each step, so that every step costs alike.
         """
         self.active = True
         self.paths = list(paths)
         self.chosen_by = [None] * len(self.paths)
         self._mode, self._select = mode, select
+        self._turn, self._turns = turn, turns
         self._positions = self._weights = None
         self._scored = [False] * self.num_layers
 
@@ -120,7 +126,8 @@ class RoutingContext:
         """Whether this backward through ``layer`` has to hand in scores."""
         if self._mode == SELECT:
             return self.paths[layer] is None
-        return self._mode == ACCUMULATE and not self._scored[layer] and self.has_targets
+        due = (self._turn + layer) % self._turns == 0
+        return self._mode == ACCUMULATE and due and not self._scored[layer] and self.has_targets
 
     @property
     def has_targets(self) -> bool:

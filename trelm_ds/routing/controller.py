@@ -167,7 +167,12 @@ class RoutingController:
             starts = self.blocks.current_starts()
             # a fixed block has no use for scores
             mode = ACCUMULATE if self.config.rotation_steps > 0 else None
-            self.context.begin([LayerPaths.block(s, size, self.device) for s in starts], mode)
+            self.context.begin(
+                [LayerPaths.block(s, size, self.device) for s in starts],
+                mode,
+                turn=step,
+                turns=max(1, min(self.config.score_steps, self.config.rotation_steps)),
+            )
         elif form == "random":
             self.context.begin(
                 random_layer_paths(

@@ -23,16 +23,20 @@ def _gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
+def _gelu_tanh_(x):
+    return _aten.gelu_(x, approximate="tanh")
+
+
 def _gelu_tanh_backward(grad, x):
     return _aten.gelu_backward(grad, x, approximate="tanh")
 
 
-# Hugging Face's name -> (function, (grad of the output, input) -> grad of the input).
+# Hugging Face's name -> (function, in place, (grad of the output, input) -> grad of the input).
 ACTIVATIONS = {
-    "gelu": (F.gelu, _aten.gelu_backward),
-    "gelu_new": (_gelu_tanh, _gelu_tanh_backward),
-    "gelu_pytorch_tanh": (_gelu_tanh, _gelu_tanh_backward),
-    "relu": (F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
+    "gelu": (F.gelu, _aten.gelu_, _aten.gelu_backward),
+    "gelu_new": (_gelu_tanh, _gelu_tanh_, _gelu_tanh_backward),
+    "gelu_pytorch_tanh": (_gelu_tanh, _gelu_tanh_, _gelu_tanh_backward),
+    "relu": (F.relu, F.relu_, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
 }
 
 
@@ -41,21 +45,37 @@ class _RoutedFFNFunction(torch.autograd.Function):
 
     Gradients of parameters are dense, exact zeros off the path: DeepSpeed then sees the same set
     of gradients on every rank and step (ZeRO-3 would silently reuse a stale one).
+
+    What is kept for the backward is what it will read: hidden [N, f] and activation [N, f] where
+    the paths are not known yet or scattered, hidden alone for a block, and where the input's
+    gradient goes through the paths too, their columns of hidden, [N, k].
     """
 
     @staticmethod
     def forward(ctx, x, up_weight, up_bias, down_weight, down_bias, ffn, deferred):
-        hidden = F.linear(x, up_weight, up_bias)  # [N, f]
-        activation = ffn.activation(hidden)
         ctx.ffn, ctx.deferred = ffn, deferred
+        routing = ffn.context
+        paths = routing.paths[ffn.layer_index]
+        hidden = F.linear(x, up_weight, up_bias)  # [N, f]
+        ctx.only_paths = paths is not None and not (routing.exact_input_gradient or routing.full)
+        if ctx.only_paths:
+            kept = paths.take(hidden, 1)
+            # A copy also of a block that is everything: the whole is overwritten next.
+            kept = kept.clone(memory_format=torch.contiguous_format)
+            activation = ffn.activation_(hidden)
+            saved = (kept, None)
+        else:
+            activation = ffn.activation(hidden)
+            is_block = paths is not None and paths.start is not None
+            saved = (hidden, None if is_block else activation)
         # Parameters are saved as they are, not as views: ZeRO-3 swaps their data in and out.
-        ctx.save_for_backward(x, hidden, activation, up_weight, down_weight, down_bias)
+        ctx.save_for_backward(x, *saved, up_weight, up_bias, down_weight, down_bias)
         return torch.addmm(down_bias, activation, down_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, hidden, activation, up_weight, down_weight, down_bias = ctx.saved_tensors
+        x, hidden, activation, up_weight, up_bias, down_weight, down_bias = ctx.saved_tensors
         ffn, routing = ctx.ffn, ctx.ffn.context
         layer = ffn.layer_index
         exact = routing.exact_input_gradient and ctx.needs_input_grad[0]
@@ -69,7 +89,8 @@ class _RoutedFFNFunction(torch.autograd.Function):
             grad_activation = grad @ down_weight.t()
         if wants_scores:
             scores = _path_scores(
-                ffn, x, hidden, activation, grad, grad_activation, up_weight, down_weight, down_bias
+                *(ffn, x, None if ctx.only_paths else hidden, activation, grad, grad_activation),
+                *(up_weight, up_bias, down_weight, down_bias),
             )
             if overlaps:
                 pending = routing.send_scores(layer, scores)
@@ -82,7 +103,8 @@ class _RoutedFFNFunction(torch.autograd.Function):
                 routing.select_from(layer, pending)
                 needed = (True, True, True)
                 return _weight_grads(
-                    routing.paths[layer], x, activation, grad, grad_hidden, None, needed
+                    *(ffn, routing.paths[layer], x, hidden, activation),
+                    *(grad, grad_hidden, None, needed),
                 )
 
             ctx.deferred.compute = weight_grads
@@ -102,12 +124,13 @@ class _RoutedFFNFunction(torch.autograd.Function):
                 path_grad = grad @ paths.take(down_weight, 0).t()
             else:
                 path_grad = paths.take(grad_activation, 1)
-            path_grad = ffn.activation_backward(path_grad, paths.take(hidden, 1))
+            path_hidden = hidden if ctx.only_paths else paths.take(hidden, 1)
+            path_grad = ffn.activation_backward(path_grad, path_hidden)
             path_grad = paths.only_used(path_grad)
             grad_x = path_grad @ paths.take(up_weight, 0) if ctx.needs_input_grad[0] else None
 
         grad_up, grad_up_bias, grad_down = _weight_grads(
-            *(paths, x, activation, grad),
+            *(ffn, paths, x, hidden, activation, grad),
             *((grad_hidden, None) if exact else (None, path_grad)),
             ctx.needs_input_grad[1:4],
         )
@@ -120,15 +143,17 @@ class _RoutedFFNFunction(torch.autograd.Function):
         return grad_x, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None
 
 
-def _weight_grads(paths, x, activation, grad, grad_hidden, path_grad, needed):
+def _weight_grads(ffn, paths, x, hidden, activation, grad, grad_hidden, path_grad, needed):
     """dW1, db1, dW2 on the paths, zeros elsewhere; None where it is not ``needed``.
 
     Args:
+        hidden: before the activation, of every neuron [N, f] or of the path's alone [N, k].
+        activation: [N, f]; None: to be computed of the path's neurons again.
         grad_hidden: dL/dH of every neuron [N, f], or None.
         path_grad: without it, dL/dH of the path's neurons [N, k].
     """
     grad_up = grad_up_bias = grad_down = None
-    size = activation.shape[1]
+    size = ffn.intermediate_size
     exact = grad_hidden is not None
     # else views, columns too, or rows that are listed without being on the path
     gathered = paths.start is None and paths.inputs is None and paths.rows_used is None
@@ -142,10 +167,14 @@ def _weight_grads(paths, x, activation, grad, grad_hidden, path_grad, needed):
         rows_grad = paths.only_used((paths.take(grad_hidden, 1) if exact else path_grad).sum(0))
         grad_up_bias = grad.new_zeros(size).index_copy_(0, paths.rows, rows_grad)
     if needed[2]:
-        if gathered:
+        if gathered and activation is not None:
             grad_down = ops.path_weight_grad(activation, grad, paths.rows)
         else:
-            left = paths.take(activation, 1)
+            if activation is not None:
+                left = paths.take(activation, 1)
+            else:
+                whole = hidden.shape[1] == size
+                left = ffn.activation(paths.take(hidden, 1) if whole else hidden)
             grad_down = paths.weight_grad(left, grad, paths.outputs, size, paths.outputs_used)
     return grad_up, grad_up_bias, grad_down
 
@@ -189,7 +218,16 @@ class _DeferredWeights(torch.autograd.Function):
 
 
 def _path_scores(
-    ffn, x, hidden, activation, grad, grad_activation, up_weight, down_weight, down_bias
+    ffn,
+    x,
+    hidden,
+    activation,
+    grad,
+    grad_activation,
+    up_weight,
+    up_bias,
+    down_weight,
+    down_bias,
 ) -> PathScores:
     """This rank's scores of one layer, read off its backward (trelm.md section 4, cheap form).
 
@@ -205,12 +243,21 @@ def _path_scores(
         weights = torch.ones(len(x), device=device)
     else:
         positions, weights = routing.targets(device)
-    if grad_activation is None or routing.full or routing.score == "activation":
+    compact = grad_activation is None or activation is None
+    if compact or routing.full or routing.score == "activation":
         # Only the knowledge positions: a few rows, so that nothing of size [N, f] is computed.
-        x, activation, grad = (t.index_select(0, positions) for t in (x, activation, grad))
+        x, grad = x.index_select(0, positions), grad.index_select(0, positions)
         if grad_activation is not None:
             grad_activation = grad_activation.index_select(0, positions)
-        hidden = hidden.index_select(0, positions)
+        # Of a block no more was kept than its own neurons, or no activation.
+        if hidden is None:
+            hidden = F.linear(x, up_weight, up_bias)
+        else:
+            hidden = hidden.index_select(0, positions)
+        if activation is None:
+            activation = ffn.activation(hidden)
+        else:
+            activation = activation.index_select(0, positions)
         positions = torch.arange(len(positions), device=device)
 
     if routing.score == "activation":
@@ -260,7 +307,7 @@ class RoutedFFN(nn.Module):
                 f"feed-forward; known: {', '.join(ACTIVATIONS)}"
             )
         factory = {"device": device, "dtype": dtype}
-        self.activation, self.activation_backward = ACTIVATIONS[activation]
+        self.activation, self.activation_, self.activation_backward = ACTIVATIONS[activation]
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.context = context
         self.layer_index = layer_index
