@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from trelm_ds.data.tokenizer import load_tokenizer
-from trelm_ds.errors import DataError
+from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.prepare.encode import encode_names, encode_texts, token_spans, windows
 from trelm_ds.prepare.long_tail import choose_band, rarity_ranks, word_types
 from trelm_ds.prepare.vocabulary import (
     BERT_SPECIALS,
     load_vocabulary,
+    prune_vocabulary,
     tokenizer_type,
     train_wordpiece,
 )
@@ -157,6 +158,22 @@ def test_training_a_vocabulary_is_deterministic_and_limits_its_alphabet(monkeypa
     monkeypatch.setattr(vocabulary, "MAX_ALPHABET", 19)
     limited = train_wordpiece(lambda: texts, vocab_size=120).get_vocab()
     assert "ω" not in limited and "tie" in limited
+
+
+def test_a_pruned_vocabulary_keeps_what_is_used_asked_or_spelled(bert, roberta):
+    texts = ["Paris is in France"] * 3 + ["Lyon is in France"]
+    pruned = prune_vocabulary(bert, texts, ["Scottish"], 3)
+    words = set(pruned.get_vocab())
+    assert {*BERT_SPECIALS, "paris", "is", "in", "france", "scottish"} == words
+    # Ids stay in order, case is ignored as before, and what was dropped is unknown.
+    assert pruned.tokenize("Paris, Lyon") == ["paris", "[UNK]", "[UNK]"]
+    ids = [bert.get_vocab()[word] for word in sorted(words, key=pruned.get_vocab().get)]
+    assert ids == sorted(ids)
+    # Characters stay from one use on, so that rare words are spelled.
+    pruned = prune_vocabulary(bert, [*texts, "ab ba"], [], 4)
+    assert pruned.tokenize("ba is") == ["b", "##a", "is"]
+    with pytest.raises(ConfigError, match="BERT"):
+        prune_vocabulary(roberta, texts, [], 3)
 
 
 def test_case_follows_the_vocabulary(tmp_path):

@@ -42,7 +42,12 @@ from trelm_ds.prepare.reader import ReaderOptions
 from trelm_ds.prepare.spool import Spool
 from trelm_ds.prepare.staging import staged_folder
 from trelm_ds.prepare.stats import write_stats
-from trelm_ds.prepare.vocabulary import load_vocabulary, tokenizer_type, train_wordpiece
+from trelm_ds.prepare.vocabulary import (
+    load_vocabulary,
+    prune_vocabulary,
+    tokenizer_type,
+    train_wordpiece,
+)
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +66,8 @@ class BuildOptions:
         overwrite: replace an existing prepared folder.
         dim: length of a TransE vector.
         epochs: TransE passes over the triples.
+        vocab_min_count: pieces of a given BERT vocabulary that the texts use less often are left
+            out; 0 keeps them all.
     """
 
     max_seq_length: int = 128
@@ -68,10 +75,13 @@ class BuildOptions:
     overwrite: bool = False
     dim: int = 100
     epochs: int = 50
+    vocab_min_count: int = 0
 
     def __post_init__(self):
         if not 16 <= self.max_seq_length <= 4096:
             raise ConfigError(f"--max_seq_length {self.max_seq_length}: must be 16 to 4096")
+        if self.vocab_min_count < 0:
+            raise ConfigError(f"--vocab_min_count {self.vocab_min_count}: must not be negative")
         for name in ("dim", "epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be at least 1")
@@ -225,6 +235,12 @@ class _Builder:
     def _make_tokenizer(self, spool: Spool):
         if self.reading.vocab is not None:
             tokenizer = load_vocabulary(self.reading.vocab)
+            if self.options.vocab_min_count:
+                # Held-out texts too: they are cut into pieces here, nothing is learnt of them.
+                texts = (text for _, _, text, _ in spool)
+                answers = [probe.answer for probe in self.corpus.probes]
+                least = self.options.vocab_min_count
+                tokenizer = prune_vocabulary(tokenizer, texts, answers, least)
         else:
             tokenizer = train_wordpiece(
                 lambda: (text for heldout, _, text, _ in spool if not heldout)

@@ -73,6 +73,14 @@ def _build_parser() -> argparse.ArgumentParser:
             "else a WordPiece vocabulary is trained on the corpus",
         )
         kind.add_argument(
+            "--vocab_min_count",
+            type=int,
+            default=build_defaults.vocab_min_count,
+            metavar="N",
+            help="leave out pieces of a BERT --vocab that the texts use less than N times: for "
+            "small models, whose output layer is most of a step",
+        )
+        kind.add_argument(
             "--max_seq_length", type=int, default=build_defaults.max_seq_length, metavar="N"
         )
         kind.add_argument("--seed", type=int, default=defaults.seed, metavar="N")
@@ -155,7 +163,10 @@ def _prepare_corpus(args: argparse.Namespace) -> str:
         overwrite=args.overwrite,
         dim=args.dim,
         epochs=args.epochs,
+        vocab_min_count=args.vocab_min_count,
     )
+    if args.vocab_min_count and args.vocab is None:
+        raise ConfigError("--vocab_min_count: name the vocabulary with --vocab")
     if not args.input and args.kind != "sample":
         raise ConfigError(f"{args.kind}: --input is needed")
     check_output(args.output, args.overwrite)  # before minutes of reading

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trelm_ds.data.tokenizer import load_tokenizer
-from trelm_ds.errors import DataError
+from trelm_ds.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,43 @@ def train_wordpiece(texts: Callable[[], Iterable[str]], vocab_size: int = TRAINE
         for encoding in encoder.encode_batch(batch, add_special_tokens=False):
             used.update(encoding.tokens)
     return _bert([word for word in words if word in used], lowercase=True)
+
+
+def prune_vocabulary(tokenizer, texts: Iterable[str], names: Iterable[str], min_count: int):
+    """A BERT tokenizer without the pieces that a corpus hardly uses: a small model's output layer
+    is most of its step, and most of a full vocabulary is never asked for.
+
+    Args:
+        tokenizer: fast BERT tokenizer.
+        texts: of the corpus.
+        names: their pieces are all kept, e.g. answers of probes.
+        min_count: uses in ``texts`` from which on a piece stays. Single characters stay from one
+            use on, so that a word of dropped pieces is spelled and not unknown.
+
+    Raises:
+        ConfigError: not a BERT tokenizer.
+    """
+    if tokenizer_type(tokenizer) != "bert":
+        raise ConfigError("--vocab_min_count prunes BERT vocabularies only")
+    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    counts = [0] * len(words)
+    kept = set(tokenizer.all_special_ids)
+
+    def encoded(batch):
+        return tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, 512)):
+        for ids in encoded(batch):
+            for i in ids:
+                counts[i] += 1
+    if names := list(names):
+        kept.update(itertools.chain.from_iterable(encoded(names)))
+    kept.update(i for i, count in enumerate(counts) if count >= min_count)
+    single = (i for i, word in enumerate(words) if len(word.removeprefix("##")) == 1)
+    kept.update(i for i in single if counts[i])
+    lowercase = bool(tokenizer.init_kwargs.get("do_lower_case", True))
+    return _bert([word for i, word in enumerate(words) if i in kept], lowercase)
 
 
 def _bert(words: list[str], lowercase: bool):
