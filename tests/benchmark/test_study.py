@@ -12,7 +12,7 @@ from tiny_corpus import write_tiny_corpus
 from trelm_ds.benchmark import runner
 from trelm_ds.benchmark.arms import Arm
 from trelm_ds.benchmark.runner import RunFailed, slots
-from trelm_ds.benchmark.study import MANY_STEPS, Budget, Study
+from trelm_ds.benchmark.study import MANY_STEPS, Budget, Start, Study
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.stopping import StopRequest
 
@@ -30,7 +30,7 @@ def starts(tmp_path, monkeypatch):
 
     def read():
         lines = (tmp_path / "starts").read_text().splitlines()
-        return [Path(line).relative_to(folder).as_posix() for line in lines]
+        return [Path(os.path.relpath(line, folder)).as_posix() for line in lines]
 
     return read
 
@@ -237,6 +237,30 @@ def test_collecting_reads_costs_and_skips_a_torn_line(study):
     assert result["cost"]["time/forward_s"] == pytest.approx(0.2)
     assert (result["steps"], result["time_s"]) == (15, 12.0)
     assert result["evaluations"] == rows[:1]
+
+
+def test_every_run_goes_on_from_a_start_that_is_trained_once(study, starts, tmp_path):
+    def begun():
+        declared = study(seeds=(1,), model__model_name_or_path="encoder")
+        declared.start = Start(Arm("text", "mlm", {"data.mlm_probability": 0.3}), 3, 0.004)
+        return declared
+
+    assert begun().plan()[0] == "new       start text lr 0.004 seed 1"
+    assert begun().run(StopRequest())
+    assert starts()[0] == "../start" and len(starts()) == 5
+    assert begun().run(StopRequest()) and len(starts()) == 5
+    folder = tmp_path / "study"
+    asked = json.loads((folder / "start" / "request.json").read_text())
+    assert asked["model"]["model_name_or_path"] == "encoder" and asked["train"]["export"]
+    assert (asked["train"]["max_steps"], asked["data"]["mlm_probability"]) == (3, 0.3)
+    for path in folder.glob("runs/*/*/*/request.json"):
+        asked = json.loads(path.read_text())
+        assert asked["model"]["model_name_or_path"] == str(folder / "start" / "hf")
+        assert asked["train"]["max_steps"] == 4 and not asked["train"]["export"]
+    other = begun()
+    other.start = Start(other.start.arm, 2, 0.004)
+    with pytest.raises(ConfigError, match="max_steps"):
+        other.run(StopRequest())
 
 
 def test_a_budget_that_is_added_runs_alone_with_rates_of_its_own(study, starts):

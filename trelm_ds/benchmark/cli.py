@@ -31,6 +31,7 @@ KINDS = {
         "the masked AdamW against torch's fused AdamW",
     ),
     "step": ("trelm_ds.benchmark.step", "time of a training step, dense against routed"),
+    "summary": ("trelm_ds.benchmark.summary", "write the README's table from committed results"),
     "unpad": ("trelm_ds.benchmark.unpad", "the encoder with and without pads, on real batches"),
 }
 

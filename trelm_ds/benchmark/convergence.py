@@ -115,4 +115,15 @@ def declaration(study: Study) -> dict:
         "settings": settings,
         "data": study.data_dir.name,
         "dataset_id": study.dataset_id,
+        "start": _start_of(study),
     }
+
+
+def _start_of(study: Study) -> dict | None:
+    """What all arms went on from: the method, its steps and its clock, which no arm is charged."""
+    if study.start is None:
+        return None
+    run = study.start_run()
+    start = {"method": study.start.arm.name, "steps": study.start.steps}
+    start["learning_rate"] = study.start.learning_rate
+    return start | {"time_s": run.result()["time_s"], "from": run.config.model.model_name_or_path}

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trelm_ds.arguments import add_config_flags, given_config_flags
-from trelm_ds.benchmark.arms import Arm
-from trelm_ds.benchmark.study import SELECT_BY, Budget, Study
+from trelm_ds.benchmark.arms import Arm, load_table
+from trelm_ds.benchmark.study import SELECT_BY, Budget, Start, Study
 from trelm_ds.config import Config, parse_assignment
 from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trelm_ds.pretrain import SAMPLE_DIR, ensure_sample
@@ -51,6 +51,18 @@ def add_study_arguments(parser: argparse.ArgumentParser, learning_rates: Sequenc
     parser.add_argument(
         "--select_by", default=SELECT_BY, metavar="METRIC", help="chooses the learning rate"
     )
+    parser.add_argument(
+        "--start_steps",
+        type=int,
+        metavar="N",
+        help="train one checkpoint for so many steps first, which every run goes on from",
+    )
+    parser.add_argument(
+        "--start_method", default="mlm", metavar="NAME", help="arm that trains it; default mlm"
+    )
+    parser.add_argument(
+        "--start_learning_rate", type=float, metavar="X", help="default the arm's own"
+    )
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, each on own cores")
     parser.add_argument("--deepspeed", type=Path, metavar="JSON", help="of every run")
     parser.add_argument(
@@ -86,6 +98,7 @@ def declared_study(args: argparse.Namespace, arms: Sequence[Arm]) -> Study:
         if key.partition(".")[2] in OWN:
             raise ConfigError(f"--set {key}: the study decides it, see --help")
     settings = given_config_flags(args, OWN) | assigned
+    start = _declared_start(args)
     if args.data is None:
         ensure_sample(Path(SAMPLE_DIR))
     settings["data.data_dir"] = str(args.data or SAMPLE_DIR)
@@ -97,7 +110,23 @@ def declared_study(args: argparse.Namespace, arms: Sequence[Arm]) -> Study:
         [Budget.parse(text) for text in args.budget],
         settings,
         args.select_by,
+        start,
     )
+
+
+def _declared_start(args: argparse.Namespace) -> Start | None:
+    if args.start_steps is None:
+        if args.start_learning_rate is not None:
+            raise ConfigError("--start_learning_rate: name --start_steps with it")
+        return None
+    if args.start_steps < 1:
+        raise ConfigError(f"--start_steps {args.start_steps}: must be at least 1")
+    arm = load_table().find([args.start_method])
+    if len(arm) != 1:
+        raise ConfigError(f"--start_method {args.start_method}: names {len(arm)} arms, one starts")
+    rate = args.start_learning_rate
+    rate = arm[0].config().train.learning_rate if rate is None else rate
+    return Start(arm[0], args.start_steps, rate)
 
 
 def ended_early(study: Study, args: argparse.Namespace, stop: StopRequest) -> int | None:

@@ -104,6 +104,13 @@ def _say_conditions(document: Document, result: dict) -> None:
     if hardware.get("gpu"):
         machine += f", {hardware.get('gpus')} x {hardware['gpu']}"
     rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
+    start = study.get("start")
+    begun = study["settings"].get("model.model_name_or_path") or "from scratch"
+    if start:
+        begun = (
+            f"{start['method']}, {start['steps']} steps at {start['learning_rate']:g} in "
+            f"{start['time_s'] / 60:.1f} min, {begun}"
+        )
     document.table(
         ["condition", "value"],
         [
@@ -113,6 +120,7 @@ def _say_conditions(document: Document, result: dict) -> None:
             ["data", f"{study['data']} ({study['dataset_id'][:12]})"],
             ["budget of a run" if len(lengths) == 1 else "budgets, each arm's grid", length],
             ["learning rates, each arm's grid", rates],
+            ["every run begins", begun],
             ["chosen by", f"{study['select_by']} at the end of the first seed's run"],
             ["seeds", ", ".join(map(str, study["seeds"]))],
             ["settings of all arms", ", ".join(f"{k}={v}" for k, v in study["settings"].items())],
@@ -141,7 +149,7 @@ def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
         if found:
             document.table(
                 ["method", *(f"{m.label} (vs {baseline})" for m, baseline in found.items())],
-                [[arm, *(_ratio(head.get((arm, m.key))) for m in found)] for arm in arms],
+                [[arm, *(ratio_cell(head.get((arm, m.key))) for m in found)] for arm in arms],
             )
 
     document.text(
@@ -168,7 +176,7 @@ def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
                     metric.label,
                     ratio["baseline"] + (" *" if ratio["headline"] else ""),
                     form(ratio["target"]),
-                    _ratio(ratio),
+                    ratio_cell(ratio),
                     _number(ratio["steps_ratio"], "{:.2f}"),
                     _number(ratio["step_time_ratio"], "{:.2f}"),
                     f"{_number(ratio['mlm_loss'], '{:.3f}')} / "
@@ -383,7 +391,8 @@ def _spread(values: Sequence[float | None], form: Callable[[float], str]) -> str
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def _ratio(row: dict | None) -> str:
+def ratio_cell(row: dict | None) -> str:
+    """A time ratio of ``paired_ratios`` with its spread, or why there is none."""
     if row is None:
         return NOTHING
     if row["at_start"] == row["pairs"]:

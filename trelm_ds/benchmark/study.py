@@ -72,6 +72,20 @@ class Budget:
         }
 
 
+@dataclass(frozen=True)
+class Start:
+    """The run whose model all the others go on from: in ``STUDY/start``, on nobody's clock.
+
+    Attributes:
+        arm: what it trains, e.g. the preset ``mlm``.
+        steps, learning_rate: of its own schedule.
+    """
+
+    arm: Arm
+    steps: int
+    learning_rate: float
+
+
 @dataclass
 class Study:
     """Declared runs and what became of them.
@@ -86,6 +100,8 @@ class Study:
             and the one that sets targets.
         settings: flat configuration keys for every run, over the arms'.
         select_by: metric that chooses the learning rate.
+        start: trained first, from ``model.model_name_or_path`` of the settings or from scratch;
+            None: the runs themselves begin there.
     """
 
     folder: Path
@@ -95,6 +111,7 @@ class Study:
     budgets: Sequence[Budget]
     settings: dict[str, object] = field(default_factory=dict)
     select_by: str = SELECT_BY
+    start: Start | None = None
 
     def __post_init__(self):
         if len({budget.hours is None for budget in self.budgets}) > 1:
@@ -118,17 +135,25 @@ class Study:
     ) -> Run:
         """A run; ``budget`` None: the largest."""
         budget = budget or self.budgets[0]
-        config = arm.config(
-            {"train.export": False},
-            budget.keys(),
-            self.settings,
-            {"train.learning_rate": learning_rate, "train.seed": seed},
-        )
+        own = {"train.learning_rate": learning_rate, "train.seed": seed}
+        if self.start is not None:
+            own["model.model_name_or_path"] = str(self.folder / "start" / "hf")
+        config = arm.config({"train.export": False}, budget.keys(), self.settings, own)
         folder = self.folder / "runs" / arm.name
         if budget != self.budgets[0]:
             folder /= f"budget_{budget.size:g}"
         folder = folder / f"lr_{learning_rate:g}" / f"seed_{seed}"
         return Run(arm.name, learning_rate, seed, config, folder)
+
+    def start_run(self) -> Run | None:
+        """The run of ``start``, with the settings of all arms; the first seed's."""
+        if self.start is None:
+            return None
+        arm, rate, seed = self.start.arm, self.start.learning_rate, self.seeds[0]
+        own = {"train.max_steps": self.start.steps, "train.max_hours": None, "train.export": True}
+        own |= {"train.learning_rate": rate, "train.seed": seed}
+        config = arm.config(self.settings, own)
+        return Run(f"start {arm.name}", rate, seed, config, self.folder / "start")
 
     def _grid(self) -> list[tuple[Budget, Run]]:
         return [
@@ -196,7 +221,8 @@ class Study:
 
     def plan(self) -> list[str]:
         """One line a run that is known already, and how many follow."""
-        lines = [f"{run.state:9} {run.name}" for run in self.grid()]
+        first = [self.start_run()] if self.start else []
+        lines = [f"{run.state:9} {run.name}" for run in [*first, *self.grid()]]
         if all(run.state == "finished" for run in self.grid()):
             return lines + [f"{run.state:9} {run.name}" for run in self.rest()]
         return lines + [
@@ -230,6 +256,9 @@ class Study:
             runner = Runner(
                 parallel, stop, deepspeed=deepspeed, keep_checkpoints=keep_checkpoints, lock=lock
             )
+            start = self.start_run()
+            if start is not None and not runner.run([start], later=len(self.grid()) + self._later):
+                return False
             if not self._score_mentions(runner):
                 return False
             return runner.run(self.grid(), later=self._later) and runner.run(self.rest())
@@ -256,6 +285,7 @@ class Study:
         arm = Arm("scoring", "dkplm")
         run = self.declare(arm, self.learning_rates[0], self.seeds[0])
         train = {"train.max_steps": 1, "train.eval_steps": 0, "train.max_hours": None}
+        train["model.model_name_or_path"] = run.config.model.model_name_or_path
         config = arm.config(self.settings, train)
         return runner.run([Run(run.arm, run.learning_rate, run.seed, config, run.folder)], later=0)
 

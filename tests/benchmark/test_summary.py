@@ -1,0 +1,85 @@
+"""The README's table: made from results alone, and the committed one is up to date."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trelm_ds.benchmark.cli import main
+from trelm_ds.benchmark.summary import BEGIN, END, summary_table
+
+ROOT = Path(__file__).parents[2]
+
+
+def ratio(method, metric, **changes):
+    row = {"method": method, "baseline": "dkplm", "metric": metric, "headline": True}
+    row |= {"time_ratio": 0.4, "low": 0.3, "high": 0.5, "pairs": 3, "reached": 3, "at_start": 0}
+    return row | {"mlm_loss": 5.1, "baseline_mlm_loss": 5.0} | changes
+
+
+def write(results, ratios):
+    folder = results / "2026-01-02-study"
+    folder.mkdir(parents=True)
+    study = {"data": "tiny", "seeds": [1, 2, 3]}
+    content = {"kind": "convergence", "ratios": ratios, "study": study}
+    (folder / "convergence.json").write_text(json.dumps(content))
+    (folder / "REPORT.md").write_text("")
+    rows = [
+        {"arm": arm, "layers": layers, "ratio_to_dense": 0.7, "batch_size": 8}
+        | {"sequence_length": 128, "dtype": "fp32", "device": "cpu"}
+        for layers in (4, 12)
+        for arm in ("dense", "block.25")
+    ]
+    (results / "2026-01-01-step.json").write_text(json.dumps({"kind": "step", "rows": rows}))
+    (results / "2026-01-01-other.json").write_text(json.dumps({"kind": "unpad", "rows": []}))
+
+
+def test_a_study_and_whole_models_are_shown_newest_first(tmp_path):
+    ratios = [
+        ratio("dkplm", "eval/report_p1"),
+        ratio("mlm", "eval/report_p1"),
+        ratio("trelm", "eval/report_p1", headline=False),
+        ratio("trelm", "eval/report_p1_tail", time_ratio=None, reached=1),
+        ratio("trelm", "eval/report_p1"),
+        ratio("trelm", "eval/report_p1+text", time_ratio=0.6, high=None),
+    ]
+    write(tmp_path / "results", ratios)
+    lines = summary_table(tmp_path / "results", tmp_path).splitlines()[2:]
+    assert len(lines) == 4
+    assert "P@1 all, text kept" in lines[0] and "0.60 (0.30 to –)" in lines[0]
+    assert "0.40 (0.30 to 0.50); MLM loss then 5.100, its 5.000" in lines[1]
+    assert "not reached (1/3)" in lines[2]
+    assert lines[1].endswith("[2026-01-02-study](results/2026-01-02-study/REPORT.md) |")
+    assert "12 layers" in lines[3] and "`block.25` 0.70" in lines[3] and "dense`" in lines[3]
+
+
+def test_only_what_lies_between_the_marks_is_replaced(tmp_path, capsys):
+    write(tmp_path / "results", [ratio("trelm", "eval/report_p1")])
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+    flags = ["summary", "--results", str(tmp_path / "results"), "--readme", str(readme)]
+    assert main(flags) == 0
+    text = readme.read_text()
+    assert text.startswith("above\n") and text.endswith(f"{END}\nbelow\n") and "old" not in text
+    assert "0.40" in text
+    assert main(flags) == 0 and readme.read_text() == text
+    readme.write_text("no marks")
+    assert main(flags) == 2 and "needs the lines" in capsys.readouterr().err
+    readme.write_text(text)
+    (tmp_path / "results" / "2026-01-03.json").write_text("{")
+    assert main(flags) == 2 and readme.read_text() == text
+
+
+def test_the_committed_readme_has_what_the_committed_results_say():
+    text = (ROOT / "README.md").read_text()
+    table = text.partition(BEGIN)[2].partition(END)[0].strip()
+    assert table == summary_table(ROOT / "benchmarks" / "results", ROOT)
+
+
+@pytest.mark.parametrize("content", ["[]", "{"])
+def test_a_file_that_is_no_result_is_named(tmp_path, content):
+    from trelm_ds.errors import DataError
+
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(DataError, match="x.json"):
+        summary_table(tmp_path, tmp_path)
