@@ -272,6 +272,8 @@ def one_sided(micro_batches, rank) -> list:
         dataclasses.replace(
             batch,
             mlm_mention=torch.full_like(batch.mlm_mention, -1),
+            mlm_mention_group=torch.full_like(batch.mlm_mention_group, -1),
+            num_mlm_mentions=0,
             **{name: getattr(batch, name)[:0] for name in names},
         )
         for batch in micro_batches
