@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks on this machine and collects what each returns."""
+"""Runs a function on several ranks on this machine and collects what each returns."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _entry(rank, function, world_size, port, folder, args):
+def _entry(rank, function, world_size, port, folder, args, backend):
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -28,7 +28,7 @@ def _entry(rank, function, world_size, port, folder, args):
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group(backend, timeout=timedelta(seconds=60))
     try:
         result = function(rank, world_size, *args)
         torch.save(result, Path(folder) / f"{rank}.pt")
@@ -39,7 +39,7 @@ def _entry(rank, function, world_size, port, folder, args):
         dist.destroy_process_group()
 
 
-def run_ranks(function, world_size: int, *args) -> list:
+def run_ranks(function, world_size: int, *args, backend: str = "gloo") -> list:
     """``function(rank, world_size, *args)`` on every rank; module-level, picklable.
 
     Returns:
@@ -47,7 +47,7 @@ def run_ranks(function, world_size: int, *args) -> list:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.spawn(_entry, (function, world_size, free_port(), folder, args), nprocs=world_size)
+            mp.spawn(_entry, (function, world_size, free_port(), folder, args, backend), nprocs=world_size)
         except Exception as error:
             reports = [p.read_text() for p in sorted(Path(folder).glob("*.error"))]
             raise AssertionError("\n".join(reports) or str(error)) from error

@@ -1,4 +1,4 @@
-"""Parameters, moments and gradients in full, whatever the ZeRO stage; all of them collective."""
+"""Parameters, moments and gradients in full on the host, whatever the ZeRO stage; collective."""
 
 import torch
 
@@ -21,12 +21,12 @@ def full_state(engine, param, name) -> torch.Tensor:
         value = safe_get_full_fp32_param(param)
     else:
         value = safe_get_full_optimizer_state(param, name)
-    return value.detach().clone().float().reshape(getattr(param, "ds_shape", param.shape))
+    return value.detach().clone().float().cpu().reshape(getattr(param, "ds_shape", param.shape))
 
 
 def full_gradient(param) -> torch.Tensor:
     """The reduced gradient in float32, before clipping; between backward and the engine's step."""
     from deepspeed.utils import safe_get_full_grad
 
-    gradient = safe_get_full_grad(param).detach().float().clone()
+    gradient = safe_get_full_grad(param).detach().float().cpu().clone()
     return gradient.reshape(getattr(param, "ds_shape", param.shape))

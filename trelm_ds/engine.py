@@ -16,6 +16,7 @@ import torch
 from trelm_ds.config import Config
 from trelm_ds.distributed import World
 from trelm_ds.errors import ConfigError, one_line
+from trelm_ds.gradient_checks import batch_gradient_checks
 
 logger = logging.getLogger(__name__)
 
@@ -213,4 +214,5 @@ def build_engine(model: torch.nn.Module, optimizer, ds_config: dict):
     import deepspeed
 
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    batch_gradient_checks(engine)
     return engine

@@ -42,7 +42,9 @@ TINY = {
 NO_DROPOUT = {"model.hidden_dropout_prob": 0.0, "model.attention_probs_dropout_prob": 0.0}
 
 
-def make_trainer(data_dir, output_dir, method="trelm", zero="zero2", **overrides):
+def make_trainer(
+    data_dir, output_dir, method="trelm", zero="zero2", device=torch.device("cpu"), **overrides
+):
     """A trainer on the already initialised process group; keys of ``overrides`` use ``__``."""
     from trelm_ds.trainer import Trainer
 
@@ -55,7 +57,6 @@ def make_trainer(data_dir, output_dir, method="trelm", zero="zero2", **overrides
     resolved = engines.resolve_deepspeed_config(
         copy.deepcopy(given), config, world.size, config.train.bf16
     )
-    device = torch.device("cpu")
     engines.init_distributed(world, device)
     trainer = Trainer(config, resolved, world, device, StopRequest())
     trainer.resume()
@@ -69,7 +70,7 @@ def full_parameters(trainer) -> dict[str, torch.Tensor]:
     full = {}
     for name, parameter in trainer.engine.module.named_parameters():
         value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        full[name] = (parameter if value is None else value).detach().float().clone()
+        full[name] = (parameter if value is None else value).detach().float().cpu().clone()
     return full
 
 

@@ -94,13 +94,13 @@ class Watch:
         paths = trainer.routing.context.paths[layer]
         on = torch.zeros(shape, dtype=torch.bool)
         if kind == "down_bias":
-            on[slice(None) if paths.outputs is None else paths.outputs] = True
+            on[slice(None) if paths.outputs is None else paths.outputs.cpu()] = True
         elif kind == "up_bias":
-            on[paths.rows] = True
+            on[paths.rows.cpu()] = True
         else:
             columns = paths.inputs if kind == "up_weight" else paths.outputs
-            columns = torch.arange(shape[1]) if columns is None else columns
-            on[paths.rows[:, None], columns[None]] = True
+            columns = torch.arange(shape[1]) if columns is None else columns.cpu()
+            on[paths.rows.cpu()[:, None], columns[None]] = True
         return on
 
     def check(self, trainer, gradients) -> None:

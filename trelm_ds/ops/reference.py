@@ -103,7 +103,7 @@ def masked_adamw_(
 
     if columns is None and update_count is None:
         runs = _runs(active, counts)
-        if len(runs) <= MAX_VIEWS:
+        if runs is not None:
             # Few runs of neighbours, as in block routing: torch's fused AdamW on views of them.
             cuts = [
                 slice(max(0, offset + begin * row_length), min(size, offset + end * row_length))
@@ -142,10 +142,12 @@ def masked_adamw_(
                 part.index_copy_(0, index, new)
 
 
-def _runs(active: Tensor, counts: Tensor) -> list[tuple[int, int, int]]:
-    """(begin, end, count) of the neighbouring active rows that share a count."""
+def _runs(active: Tensor, counts: Tensor) -> list[tuple[int, int, int]] | None:
+    """(begin, end, count) of the neighbouring active rows that share a count; None: too many."""
     t = counts[active]
     breaks = ((active[1:] != active[:-1] + 1) | (t[1:] != t[:-1])).nonzero().flatten() + 1
+    if len(breaks) >= MAX_VIEWS:
+        return None
     starts = [0, *breaks.tolist()]
     ends = [*breaks.tolist(), len(active)]
     return [
