@@ -47,7 +47,11 @@ def run_ranks(function, world_size: int, *args, backend: str = "gloo") -> list:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.spawn(_entry, (function, world_size, free_port(), folder, args, backend), nprocs=world_size)
+            mp.spawn(
+                _entry,
+                (function, world_size, free_port(), folder, args, backend),
+                nprocs=world_size,
+            )
         except Exception as error:
             reports = [p.read_text() for p in sorted(Path(folder).glob("*.error"))]
             raise AssertionError("\n".join(reports) or str(error)) from error

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from entity_names import entity_tokens
 from tiny_corpus import write_tiny_corpus
 
 from trelm_ds.config import build_config
@@ -38,10 +39,11 @@ def test_entity_decoding_is_offered_the_neighbours_of_its_answers(tmp_path, room
     def names(tokens):
         return {tuple(row) for row in tokens.tolist()}
 
-    before, after = names(batch.entity_tokens), names(found.entity_tokens)
+    listed = entity_tokens(found.entity_words, found.entity_names)
+    before, after = names(entity_tokens(batch.entity_words, batch.entity_names)), names(listed)
     near = names(tables.entity_names[np.unique(table[gold])])
     assert before <= after
     assert after - before == (near - before if room else set())
     assert bool(after - before) == bool(room)
-    answers = found.entity_tokens[found.entity_gold].tolist()
+    answers = listed[found.entity_gold].tolist()
     assert answers == tables.entity_names[batch.decode_other].tolist()

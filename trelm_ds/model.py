@@ -350,6 +350,8 @@ class TrelmModel(MaskedLanguageModel):
         ffns: its RoutedFFN modules, lowest layer first.
         routing_context: what they share with the routing controller.
         truncation: cuts the backward of late steps; the controller switches it.
+        decodes: whether the loss has a CKA term; set by the trainer, False before
+            ``decoding.start``.
     """
 
     def __init__(
@@ -374,6 +376,7 @@ class TrelmModel(MaskedLanguageModel):
         with torch.no_grad():
             output_rms = rms(self.word_embeddings.weight).item()
         self.tables = self.injection = self.decoder = None
+        self.decodes = config.decoding.enabled
         if config.injection.form == "kge":
             self.tables = TransETables(tables.entity_embeddings, tables.relation_embeddings)
             self.injection = KnowledgeInjection(self.tables.dim, hidden_size, output_rms)
@@ -492,20 +495,22 @@ class TrelmModel(MaskedLanguageModel):
         known = mlm.new_zeros(0)
         if self.config.sampling.form == "knowledge_state":
             known = mention_probability(losses, batch.mlm_mention_group, batch.num_mlm_mentions)
-        if self.decoder is None:
+        if not self.decodes:
             loss, cka = mlm, torch.zeros_like(mlm)
             gold_probability = mlm.new_zeros(len(batch.decode_mention))
         else:
             spans = batch.mention_spans[batch.decode_mention]
-            decoded_states, log_p, valid = self._decode(
+            weight = self.config.decoding.entity_weight
+            words = batch.entity_words if weight else None
+            decoded, log_p, words = self._decode(
                 span_mean(states, spans, batch.decoded_width),
-                batch.decode_relation,
-                batch.decode_tokens,
-                batch,
+                *(batch.decode_relation, batch.decode_tokens, batch.decoded_positions),
+                *(batch.negatives, words),
             )
+            valid = batch.decode_tokens >= 0
             knowledge = cka = -log_p.sum() / (normalizers.cka or 1.0)
-            if weight := self.config.decoding.entity_weight:
-                entity, entity_sums = self._choose_entities(decoded_states[:, 0], batch)
+            if weight:
+                entity, entity_sums = self._choose_entities(decoded[:, 0], words, batch)
                 knowledge = (1 - weight) * cka + weight * entity / (normalizers.entity or 1.0)
             loss = total_loss(mlm, knowledge, self.config.decoding.loss_weight)
             with torch.no_grad():
@@ -537,36 +542,37 @@ class TrelmModel(MaskedLanguageModel):
         )
 
     def _decode(
-        self, pooled, relation, tokens, batch
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Decoded states [D, T, hidden], log P(gold) of every decoded token (0 at pads) and which
-        are tokens: [D, T] each."""
-        if tokens.shape[1] == 0:  # nothing to decode: one step of pads keeps the graph whole
-            tokens = tokens.new_full((len(tokens), 1), -1)
-        decoded = self.decoder(pooled, relation, tokens.shape[1])
-        valid = tokens >= 0
-        gold = tokens.clamp(min=0)
+        self, pooled, relation, tokens, positions, negatives, words=None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Decoded states [D, T, hidden], log P(gold) of every decoded token [D, T] (0 at pads) and
+        the embeddings of ``words``. ``positions`` [V]: the tokens among ``tokens`` [D, T], flat."""
+        steps = max(1, tokens.shape[1])  # one step where nothing is decoded keeps the graph whole
+        decoded = self.decoder(pooled, relation, steps)
+        gold = tokens.flatten()[positions]
         # One lookup: each has a gradient of the whole table's size to zero, fill and add up.
-        looked_up = self.word_embeddings(torch.cat([gold.flatten(), batch.negatives]))
-        gold_embeddings, negative_embeddings = looked_up.split([gold.numel(), len(batch.negatives)])
+        wanted = [gold, negatives] if words is None else [gold, negatives, words]
+        looked_up = self.word_embeddings(torch.cat(wanted)).split([len(part) for part in wanted])
         log_p = gold_log_probability(
-            decoded,
+            decoded.flatten(0, 1)[positions],
             gold,
-            gold_embeddings.view(*gold.shape, self.hidden_size),
-            batch.negatives,
-            negative_embeddings,
+            looked_up[0],
+            negatives,
+            looked_up[1],
             self.prior,
         )
-        return decoded, log_p * valid, valid
+        padded = log_p.new_zeros(tokens.numel()).index_copy(0, positions, log_p).view_as(tokens)
+        return decoded, padded, None if words is None else looked_up[2]
 
-    def _choose_entities(self, states, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _choose_entities(self, states, words, batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of -log P(gold entity) over the triples, and ``StepOutput.entity_sums``.
 
         The query is h_d^1: the mention's state through the relation, already trained to score the
         first token of the answer, so that both losses shape one map and no parameter is added.
+        ``words`` are the embeddings of ``batch.entity_words``; a name's vector is their mean.
         """
-        tokens = batch.entity_tokens
-        vectors = masked_mean(self.word_embeddings(tokens.clamp(min=0)), tokens >= 0)
+        dtype = torch.promote_types(words.dtype, torch.float32)
+        table = nn.functional.pad(words.to(dtype), (0, 0, 1, 0))  # row 0: no token
+        vectors = nn.functional.embedding_bag(batch.entity_names, table, mode="mean", padding_idx=0)
         log_p, first = entity_scores(
             states, vectors, batch.entity_log_q, batch.entity_gold, batch.entity_hits
         )
@@ -607,11 +613,12 @@ class TrelmModel(MaskedLanguageModel):
             copy, row = (mentions[:, None] == batch.decode_mention[None]).nonzero(as_tuple=True)
             spans = batch.mention_spans[batch.decode_mention[row]].clone()
             spans[:, 0] = copy
-            _, log_p, valid = self._decode(
+            tokens = batch.decode_tokens[row]
+            valid = tokens >= 0
+            _, log_p, _ = self._decode(
                 span_mean(hidden_states, spans),
-                batch.decode_relation[row],
-                batch.decode_tokens[row],
-                batch,
+                *(batch.decode_relation[row], tokens, valid.flatten().nonzero()[:, 0]),
+                batch.negatives,
             )
             probability = (log_p.exp() * valid).sum(1)
             return probability.new_zeros(len(mentions)).index_add(0, copy, probability)

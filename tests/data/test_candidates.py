@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from entity_names import entity_tokens
 
 from trelm_ds.data.candidates import EntityCandidates
 from trelm_ds.data.loader import StepLoader
@@ -29,6 +30,10 @@ def name_of(tables, entity) -> tuple:
     return tuple(tables.entity_names[entity].tolist())
 
 
+def names_of(fields) -> np.ndarray:
+    return entity_tokens(fields["entity_words"], fields["entity_names"])
+
+
 @pytest.mark.parametrize("namesakes", [False, True])
 def test_fields_against_a_loop(corpus, configure, graph, tables, monkeypatch, namesakes):
     if namesakes:
@@ -44,8 +49,8 @@ def test_fields_against_a_loop(corpus, configure, graph, tables, monkeypatch, na
 
     listed = set(gold.tolist()) | set(drawn.tolist()) | {5}
     names = {name_of(tables, e) for e in listed}
-    columns = {tuple(row): i for i, row in enumerate(fields["entity_tokens"].tolist())}
-    assert set(columns) == names and len(fields["entity_tokens"]) == len(names)
+    columns = {tuple(row): i for i, row in enumerate(names_of(fields).tolist())}
+    assert set(columns) == names and len(names_of(fields)) == len(names)
     assert (len(names) < len(listed)) == namesakes
     for name, column in columns.items():
         share = sum(q[e] for e in listed if name_of(tables, e) == name)
@@ -71,7 +76,7 @@ def test_the_cap_never_drops_an_answer_and_prefers_what_is_offered_first(
 ):
     entities, relations, gold = questions(corpus, graph, count=3)
     free = build(configure, graph, tables, decoding__entity_negatives=1)
-    count = len(free(0, entities, relations, gold, np.zeros(0, np.int64))["entity_tokens"])
+    count = len(free(0, entities, relations, gold, np.zeros(0, np.int64))["entity_names"])
     offered = np.setdiff1d(np.flatnonzero(free._q), np.r_[gold, free._draw(0)])[::-1]
     assert len(offered) > 4
     capped = build(
@@ -81,27 +86,29 @@ def test_the_cap_never_drops_an_answer_and_prefers_what_is_offered_first(
         decoding__entity_negatives=1,
         decoding__entity_candidates=count + 2,
     )
-    names = set(map(tuple, capped(0, entities, relations, gold, offered)["entity_tokens"].tolist()))
+    fields = capped(0, entities, relations, gold, offered)
+    names = set(map(tuple, names_of(fields).tolist()))
     assert len(names) == count + 2
     assert {name_of(tables, e) for e in [*gold, *offered[:2]]} <= names
     capped = build(
         configure, graph, tables, decoding__entity_negatives=1, decoding__entity_candidates=2
     )
-    names = set(map(tuple, capped(0, entities, relations, gold, offered)["entity_tokens"].tolist()))
+    fields = capped(0, entities, relations, gold, offered)
+    names = set(map(tuple, names_of(fields).tolist()))
     assert {name_of(tables, e) for e in gold} <= names and len(names) == count
 
 
 def test_enough_draws_make_the_full_softmax(corpus, configure, graph, tables):
     many = {"decoding__entity_negatives": 100_000, "decoding__entity_candidates": 100_001}
     fields = build(configure, graph, tables, **many)(0, *questions(corpus, graph), np.zeros(0, int))
-    assert len(fields["entity_tokens"]) == (graph.degrees() > 0).sum()
+    assert len(names_of(fields)) == (graph.degrees() > 0).sum()
     assert not fields["entity_log_q"].any()
 
 
 def test_no_question_leaves_the_candidates_of_the_step(configure, graph, tables):
     none = np.zeros(0, dtype=np.int64)
     fields = build(configure, graph, tables)(5, none, none, none, none)
-    assert len(fields["entity_tokens"]) and not len(fields["entity_gold"])
+    assert len(names_of(fields)) and not len(fields["entity_gold"])
     assert fields["entity_hits"].shape == (0,)
 
 
@@ -122,12 +129,13 @@ def test_batches_hold_their_own_answers_and_share_the_draw(corpus, configure, gr
     )(2)
     for batch in (first, second):
         assert batch.counts()["entity"] == len(batch.decode_other) > 0
-        gold = batch.entity_tokens[batch.entity_gold]
+        tokens = entity_tokens(batch.entity_words, batch.entity_names)
+        gold = tokens[batch.entity_gold]
         assert gold.tolist() == tables.entity_names[batch.decode_other].tolist()
-        names = set(map(tuple, batch.entity_tokens.tolist()))
+        names = set(map(tuple, tokens.tolist()))
         keys = batch.mention_keys[batch.mention_keys < graph.num_entities]
         asked = [e for e in keys.tolist() if graph.degree(e)]
         assert {name_of(tables, e) for e in [*drawn, *asked]} <= names
     plain = StepLoader(configure(), corpus.folder, 0, 1, graph, tables)
     (batch,) = next(plain.iterate(2))
-    assert batch.entity_tokens.shape == (0, 0) and batch.counts()["entity"] == 0
+    assert batch.entity_names.shape == (0, 0) and batch.counts()["entity"] == 0

@@ -42,9 +42,7 @@ TINY = {
 NO_DROPOUT = {"model.hidden_dropout_prob": 0.0, "model.attention_probs_dropout_prob": 0.0}
 
 
-def make_trainer(
-    data_dir, output_dir, method="trelm", zero="zero2", device=torch.device("cpu"), **overrides
-):
+def make_trainer(data_dir, output_dir, method="trelm", zero="zero2", device=None, **overrides):
     """A trainer on the already initialised process group; keys of ``overrides`` use ``__``."""
     from trelm_ds.trainer import Trainer
 
@@ -57,6 +55,7 @@ def make_trainer(
     resolved = engines.resolve_deepspeed_config(
         copy.deepcopy(given), config, world.size, config.train.bf16
     )
+    device = device or torch.device("cpu")
     engines.init_distributed(world, device)
     trainer = Trainer(config, resolved, world, device, StopRequest())
     trainer.resume()

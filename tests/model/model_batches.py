@@ -68,9 +68,11 @@ def make_candidates(decode, seed=0):
     tokens = rng.integers(5, VOCAB, (12, 3))
     tokens[::2, 2] = tokens[::3, 1] = -1
     tokens[:, 2][tokens[:, 1] < 0] = -1
+    words, places = np.unique(tokens, return_inverse=True)  # the first is -1
     hits = [row * 12 + column for row in range(0, len(decode), 2) for column in (7, 9)]
     return {
-        "entity_tokens": torch.as_tensor(tokens),
+        "entity_words": torch.as_tensor(words[1:]),
+        "entity_names": torch.as_tensor(places.reshape(tokens.shape)),
         "entity_log_q": torch.as_tensor(np.log(rng.random(12)), dtype=torch.float32),
         "entity_gold": torch.arange(len(decode)),
         "entity_hits": torch.tensor(hits, dtype=torch.int64),
@@ -145,6 +147,7 @@ def make_batch(lengths=(14, 9, 20), mentions=None, decode=None, text_length=0, s
         decode_relation=tensor([d[1] for d in decode]),
         decode_other=tensor([0] * len(decode)),
         decode_tokens=tensor(gold, (len(decode), width)),
+        decoded_positions=tensor(np.flatnonzero(np.array(gold).ravel() >= 0)),
         negatives=tensor(rng.integers(5, VOCAB, 9)),
         **make_candidates(decode),
         num_tokens=sum(lengths),

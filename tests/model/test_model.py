@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from entity_names import entity_tokens
 from model.model_batches import (
     CLS,
     MASK,
@@ -266,7 +267,8 @@ def test_entity_loss_against_a_loop():
     output = model(batch, None, 0.0, Normalizers(mlm=3.0, cka=5.0, entity=7.0))
     states = encode(model.backbone, model._embed(batch, None, 0.0), batch.attention_mask)
     table, loss, first = model.word_embeddings.weight, 0.0, 0
-    vectors = [table[[t for t in name if t >= 0]].mean(0) for name in batch.entity_tokens.tolist()]
+    names = entity_tokens(batch.entity_words, batch.entity_names).tolist()
+    vectors = [table[[t for t in name if t >= 0]].mean(0) for name in names]
     for i, (mention, relation) in enumerate(
         zip(batch.decode_mention.tolist(), batch.decode_relation.tolist(), strict=True)
     ):
@@ -290,7 +292,9 @@ def test_entity_loss_against_a_loop():
 
 def test_without_a_weight_entities_are_not_looked_at():
     batch = make_batch()
-    batch.entity_tokens = batch.entity_log_q = batch.entity_gold = batch.entity_hits = None
+    batch.entity_words = batch.entity_names = batch.entity_log_q = batch.entity_gold = (
+        batch.entity_hits
+    ) = None
     assert not make_model().eval()(batch, None, 0.0, ONES).entity_sums.any()
 
 

@@ -18,7 +18,8 @@ def no_candidates() -> dict[str, np.ndarray]:
     """The arrays of a batch without entity decoding."""
     none = np.zeros(0, dtype=np.int64)
     return {
-        "entity_tokens": none.reshape(0, 0),
+        "entity_words": none,
+        "entity_names": none.reshape(0, 0),
         "entity_log_q": none.astype(np.float32),
         "entity_gold": none,
         "entity_hits": none,
@@ -50,6 +51,9 @@ class EntityCandidates:
         self._count = settings.entity_negatives
         self._q = entity_distribution(tables, graph, settings.unigram_power)
         self._draw = NegativeSampler(self._q, self._count, config.train.seed, rng.ENTITY_NEGATIVES)
+        # Once here, so that a batch sorts numbers and not names.
+        self._names, self._name_of = np.unique(tables.entity_names, axis=0, return_inverse=True)
+        self._name_of = self._name_of.reshape(-1)
 
     def __call__(
         self,
@@ -68,8 +72,8 @@ class EntityCandidates:
             gold: int64 [D], its answer.
             offered: int64 [n] entities that would be good negatives, most wanted first.
         Returns:
-            Fields of ``Batch``: ``entity_tokens``, ``entity_log_q``, ``entity_gold``,
-            ``entity_hits``.
+            Fields of ``Batch``: ``entity_words``, ``entity_names``, ``entity_log_q``,
+            ``entity_gold``, ``entity_hits``.
         """
         kept = np.union1d(gold, self._draw(step))
         offered = offered[self._q[offered] > 0]  # what is never an answer teaches nothing
@@ -77,10 +81,11 @@ class EntityCandidates:
         offered = offered[np.argsort(first)]
         offered = offered[~np.isin(offered, kept)][: max(0, self._most - len(kept))]
         candidates = np.union1d(kept, offered)
-        names, column = np.unique(
-            self._tables.entity_names[candidates], axis=0, return_inverse=True
-        )
+        listed, column = np.unique(self._name_of[candidates], return_inverse=True)
         column = column.reshape(-1)
+        words, places = np.unique(self._names[listed], return_inverse=True)
+        if words[:1] != -1:
+            words, places = np.r_[-1, words], places + 1
         # Drawn with replacement, listed once: the chance to be listed takes the place of N Q, and
         # where all entities are drawn it is 1 and the softmax the full one, without correction.
         q = np.bincount(column, weights=self._q[candidates])
@@ -90,8 +95,9 @@ class EntityCandidates:
         columns = column[columns]
         others = columns != answer[rows]
         return {
-            "entity_tokens": names.astype(np.int64),
+            "entity_words": words[1:].astype(np.int64),
+            "entity_names": places.reshape(len(listed), -1),
             "entity_log_q": log_q.astype(np.float32),
             "entity_gold": answer,
-            "entity_hits": rows[others] * len(names) + columns[others],
+            "entity_hits": rows[others] * len(listed) + columns[others],
         }

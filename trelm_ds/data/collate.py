@@ -51,12 +51,15 @@ class Batch:
         decode_relation: int64 [D] in [0, 2R): r decodes the tail, R + r the head.
         decode_other: int64 [D] the gold entity.
         decode_tokens: int64 [D, T] its name's tokens, padded with -1.
+        decoded_positions: int64 [V] the tokens among them, flat into D * T.
         knowledge_positions: int64 [Q] tokens of the mentions that a name is decoded from, flat into
             B * S.
         knowledge_owner: int64 [Q] the row of ``mention_spans`` that each belongs to.
         negatives: int64 [N] token ids shared by the optimizer step.
-        entity_tokens: int64 [C, X] name tokens of the entities that triples choose among, padded
-            with -1; C and the lengths of the next three are 0 without entity decoding.
+        entity_words: int64 [W] distinct tokens of the names of the entities that triples choose
+            among; this and the next four are empty without entity decoding.
+        entity_names: int64 [C, X] those names: a token's place in ``entity_words`` plus 1, padded
+            with 0.
         entity_log_q: float32 [C] log probability of being a candidate, by the draw of negatives.
         entity_gold: int64 [D] the candidate that is decode_other.
         entity_hits: int64 [H] flat into D * C: other right answers, which are no negatives.
@@ -90,10 +93,12 @@ class Batch:
     decode_relation: torch.Tensor
     decode_other: torch.Tensor
     decode_tokens: torch.Tensor
+    decoded_positions: torch.Tensor
     knowledge_positions: torch.Tensor
     knowledge_owner: torch.Tensor
     negatives: torch.Tensor
-    entity_tokens: torch.Tensor
+    entity_words: torch.Tensor
+    entity_names: torch.Tensor
     entity_log_q: torch.Tensor
     entity_gold: torch.Tensor
     entity_hits: torch.Tensor
@@ -132,7 +137,7 @@ class Batch:
         return {
             "mlm": len(self.mlm_positions),
             "objects": int((self.mlm_mention >= 0).sum()),
-            "cka": int((self.decode_tokens >= 0).sum()),
+            "cka": len(self.decoded_positions),
             "entity": len(self.entity_gold),
             "tokens": self.num_tokens,
             "sequences": len(self.input_ids),
@@ -257,6 +262,7 @@ class Collator:
             "decode_relation": joined("decode_relation"),
             "decode_other": joined("decode_entity"),
             "decode_tokens": decode_tokens,
+            "decoded_positions": np.flatnonzero(decode_tokens >= 0),
             **mention_tokens(spans, injected, decode_mention, decode_tokens, size),
             "negatives": negatives,
             **no_candidates(),
