@@ -26,7 +26,6 @@ PRESET_DIR = Path(__file__).parent / "presets"
 SAMPLING_FORMS = ("natural", "static", "knowledge_state")
 INJECTION_FORMS = ("none", "kge", "encoder")
 SELECTIONS = ("importance", "long_tail", "frequent", "all", "klt")
-ATTRIBUTED = ("block", "in_backward", "exact", "quadrature", "activation")  # need knowledge
 ROUTING_FORMS = (
     "none",
     "block",
@@ -187,7 +186,6 @@ class DecodingConfig:
 
     enabled: bool = True
     loss_weight: float = 0.5  # theta; multiplies MLM, 1 - theta multiplies CKA
-    start: float = 0.0  # fraction of the run that trains L_MLM alone first
     scale: float = 1.0  # delta
     max_tokens: int = 8  # T
     num_negatives: int = 64  # N, shared by the global batch of a step
@@ -206,7 +204,6 @@ class DecodingConfig:
 
     def __post_init__(self):
         _fraction("decoding.loss_weight", self.loss_weight)
-        _fraction("decoding.start", self.start)
         _choice("decoding.triple", self.triple, ("same", "different", "all"))
         _choice("decoding.mentions", self.mentions, ("selected", "all"))
         _fraction("decoding.entity_weight", self.entity_weight)
@@ -385,13 +382,6 @@ class Config:
             not self.decoding.hard_negatives or (self.decoding.enabled and self.memory.enabled),
             "decoding.hard_negatives are found in the memory bank: they need memory.enabled and "
             "decoding.enabled",
-        )
-        _require(
-            self.decoding.start <= self.routing.start
-            or self.routing.form not in ATTRIBUTED
-            or not self.decoding.enabled,
-            f"routing.start {self.routing.start} is before decoding.start {self.decoding.start}: "
-            f"the paths of routing.form {self.routing.form} come from what is decoded",
         )
         _require(
             self.sampling.form != "knowledge_state"

@@ -350,8 +350,6 @@ class TrelmModel(MaskedLanguageModel):
         ffns: its RoutedFFN modules, lowest layer first.
         routing_context: what they share with the routing controller.
         truncation: cuts the backward of late steps; the controller switches it.
-        decodes: whether the loss has a CKA term; set by the trainer, False before
-            ``decoding.start``.
     """
 
     def __init__(
@@ -376,7 +374,6 @@ class TrelmModel(MaskedLanguageModel):
         with torch.no_grad():
             output_rms = rms(self.word_embeddings.weight).item()
         self.tables = self.injection = self.decoder = None
-        self.decodes = config.decoding.enabled
         if config.injection.form == "kge":
             self.tables = TransETables(tables.entity_embeddings, tables.relation_embeddings)
             self.injection = KnowledgeInjection(self.tables.dim, hidden_size, output_rms)
@@ -495,7 +492,7 @@ class TrelmModel(MaskedLanguageModel):
         known = mlm.new_zeros(0)
         if self.config.sampling.form == "knowledge_state":
             known = mention_probability(losses, batch.mlm_mention_group, batch.num_mlm_mentions)
-        if not self.decodes:
+        if self.decoder is None:
             loss, cka = mlm, torch.zeros_like(mlm)
             gold_probability = mlm.new_zeros(len(batch.decode_mention))
         else:

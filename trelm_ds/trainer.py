@@ -82,7 +82,6 @@ class StepPlan:
         tokens, masked, sequences: global counts.
         objects, entities: global counts of masked tokens of whole mentions, and of triples
             decoded as entities.
-        decodes: whether the loss has a CKA term yet.
     """
 
     step: int
@@ -95,7 +94,6 @@ class StepPlan:
     sequences: int
     objects: int
     entities: int
-    decodes: bool
 
 
 class Trainer:
@@ -404,13 +402,8 @@ class Trainer:
             sequences=int(sequences),
             objects=int(objects),
             entities=int(entities),
-            decodes=self._decodes(progress),
         )
         return plan, bool(stop.max())
-
-    def _decodes(self, progress: float) -> bool:
-        decoding = self.config.decoding
-        return decoding.enabled and progress >= decoding.start
 
     def _check_health(self, finite: torch.Tensor) -> None:
         """Acts on the last step's losses: a non-finite one was skipped, or has poisoned ZeRO 0.
@@ -437,7 +430,6 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = plan.lr
         self.model.train()
-        self.model.decodes = plan.decodes
         self.routing.begin_step(plan.step, plan.progress)
         if self.routing.cut and not self._truncated:
             self._truncated = True
@@ -515,7 +507,7 @@ class Trainer:
         self._interval.masked += plan.masked
         self._interval.sequences += plan.sequences
         self._interval.objects += plan.objects
-        self._interval.entities += plan.entities if plan.decodes else 0
+        self._interval.entities += plan.entities
 
     # -- what a run tells -----------------------------------------------------------------------
 
