@@ -19,6 +19,7 @@ from torch.optim.adamw import adamw
 
 from trelm_ds.errors import ConfigError
 from trelm_ds.ops import load_kernels, masked_adamw_
+from trelm_ds.ops.reference import count_runs
 
 KINDS = ("up_weight", "up_bias", "down_weight", "down_bias")
 WHOLE = "whole parameter"  # any other parameter, or an FFN's without paths: all of it or nothing
@@ -39,6 +40,20 @@ class RoutedFragment:
     kind: str  # one of KINDS, or WHOLE
     param_start: int  # first element in the flattened parameter
     row_length: int  # elements of a row: d for the matrices, 1 for the biases
+
+
+def _batches(tensor: Tensor) -> bool:
+    """Whether AdamW over views of many tensors costs one launch and not one loop each."""
+    return tensor.device.type != "cpu"
+
+
+def _send_numbers(steps: list[Tensor | float], device: torch.device) -> None:
+    """Puts tensors on ``device`` in the place of numbers; one transfer that nothing waits for."""
+    places = [i for i, step in enumerate(steps) if isinstance(step, float)]
+    if places:
+        sent = torch.tensor([steps[i] for i in places]).to(device, non_blocking=True)
+        for i, step in zip(places, sent.unbind(), strict=True):
+            steps[i] = step
 
 
 class Paths(Protocol):
@@ -87,6 +102,7 @@ class PathAdamW(torch.optim.Optimizer):
         self._paths: Paths | None = None
         self._routed: dict[Tensor, list[RoutedFragment]] = {}
         self._element_counts = False
+        self._layer_runs: dict[int, list[tuple[int, int, int]] | None] = {}  # of the step
         self._started = False
 
     def bind(
@@ -157,11 +173,12 @@ class PathAdamW(torch.optim.Optimizer):
                     self._state(p)
                 return loss
             self._started = True
+        self._layer_runs.clear()
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             numbers = dict(lr=group["lr"], beta1=beta1, beta2=beta2)
             numbers |= dict(eps=group["eps"], weight_decay=group["weight_decay"])
-            plain = []  # (param, grad, exp_avg, exp_avg_sq, step)
+            plain = []  # (param, grad, exp_avg, exp_avg_sq, step); a number for a step of a view
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -176,6 +193,7 @@ class PathAdamW(torch.optim.Optimizer):
                     plain.extend(self._step_routed(p, state, pieces, numbers))
             if plain:
                 params, grads, first, second, steps = map(list, zip(*plain, strict=True))
+                _send_numbers(steps, params[0].device)
                 # fused counts the steps up
                 adamw(
                     *(params, grads, first, second, [], steps),
@@ -184,7 +202,8 @@ class PathAdamW(torch.optim.Optimizer):
         return loss
 
     def _step_routed(self, p: Tensor, state: dict, pieces: list[RoutedFragment], numbers: dict):
-        """Steps the routed pieces of ``p``; returns what lies between them, for plain AdamW."""
+        """Steps the routed pieces of ``p``; returns what is left to plain AdamW: what lies between
+        them and, where launches count, the rows of blocks, all of a group in one call."""
         grad = p.grad.contiguous()
         flat = [t.view(-1) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"])]
         between, end, stepped = [], 0, False
@@ -200,12 +219,31 @@ class PathAdamW(torch.optim.Optimizer):
             end = piece.start + piece.numel
             if not frozen:
                 stepped = True
-                self._step_piece(piece, [t[piece.start : end] for t in flat], state, numbers)
+                views = [t[piece.start : end] for t in flat]
+                runs = self._runs(piece) if _batches(p) else None
+                if runs is None:
+                    self._step_piece(piece, views, state, numbers)
+                    continue
+                for begin, stop, count in runs:
+                    cut = slice(
+                        max(0, begin * piece.row_length - piece.param_start),
+                        min(piece.numel, stop * piece.row_length - piece.param_start),
+                    )
+                    if cut.start < cut.stop:
+                        between.append((*(view[cut] for view in views), count - 1.0))
         if end < p.numel():
             between.append((*(t[end:] for t in flat), state["step"].clone()))
         if stepped or between:
             state["step"] += 1
         return between
+
+    def _runs(self, piece: RoutedFragment) -> list[tuple[int, int, int]] | None:
+        """Runs of the layer's rows that train and share a count; None: too many, or by columns."""
+        if self._element_counts:
+            return None
+        if piece.layer not in self._layer_runs:
+            self._layer_runs[piece.layer] = count_runs(self._paths.row_counts(piece.layer))
+        return self._layer_runs[piece.layer]
 
     def _step_piece(self, piece: RoutedFragment, views: list[Tensor], state, numbers) -> None:
         counts, columns = self._active(piece)

@@ -95,14 +95,11 @@ def masked_adamw_(
     numbers = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     first_row, last_row = fragment_start // row_length, (fragment_start + size - 1) // row_length
     counts = row_counts[first_row : last_row + 1].cpu()
-    active = (counts > 0).nonzero().flatten()
-    if len(active) == 0:
-        return
     tensors = [param, grad, exp_avg, exp_avg_sq]
     offset = first_row * row_length - fragment_start  # of the first row's start, <= 0
 
     if columns is None and update_count is None:
-        runs = _runs(active, counts)
+        runs = count_runs(counts)
         if runs is not None:
             # Few runs of neighbours, as in block routing: torch's fused AdamW on views of them.
             cuts = [
@@ -114,6 +111,7 @@ def masked_adamw_(
             adamw(*views, [], steps, fused=True, amsgrad=False, maximize=False, **numbers)
             return
 
+    active = (counts > 0).nonzero().flatten()
     # A row that the fragment cuts is updated in place, whole rows are gathered and put back.
     begin = 0 if offset == 0 else offset + row_length
     end = begin + max(0, size - begin) // row_length * row_length
@@ -142,12 +140,15 @@ def masked_adamw_(
                 part.index_copy_(0, index, new)
 
 
-def _runs(active: Tensor, counts: Tensor) -> list[tuple[int, int, int]] | None:
-    """(begin, end, count) of the neighbouring active rows that share a count; None: too many."""
+def count_runs(counts: Tensor) -> list[tuple[int, int, int]] | None:
+    """(begin, end, count) of the neighbouring rows that share a positive count; None: too many."""
+    active = (counts > 0).nonzero().flatten()
     t = counts[active]
     breaks = ((active[1:] != active[:-1] + 1) | (t[1:] != t[:-1])).nonzero().flatten() + 1
     if len(breaks) >= MAX_VIEWS:
         return None
+    if len(active) == 0:
+        return []
     starts = [0, *breaks.tolist()]
     ends = [*breaks.tolist(), len(active)]
     return [
