@@ -5,7 +5,6 @@ import argparse
 import json
 import logging
 import os
-import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -108,7 +107,13 @@ def run(args: argparse.Namespace) -> dict:
             raise ConfigError(f"--{name} {value}: must be at least 1")
     device = choose_device(args.device)
     if args.task in DEFAULTS:
-        return named(args) | fine_tune(args, device)
+        from trelm_ds.downstream.tasks import fine_tune
+
+        settings = FineTuning(
+            **{flag: getattr(args, flag) for flag in FINE_TUNING},
+            eval_batch_size=args.per_device_eval_batch_size,
+        )
+        return named(args) | fine_tune(args.task, args.model, args.data, settings, device)
 
     from trelm_ds.data.tokenizer import load_tokenizer
     from trelm_ds.model import MaskedLanguageModel, load_pretrained
@@ -121,33 +126,6 @@ def run(args: argparse.Namespace) -> dict:
 
 def named(args) -> dict:
     return {"task": args.task, "model": args.model.name, "data": args.data.name}
-
-
-def fine_tune(args, device) -> dict:
-    """Scores of a fine-tuning task; of ``glue`` by task, and their average."""
-    from trelm_ds.data.tokenizer import load_tokenizer
-    from trelm_ds.downstream.entity_typing import read_typing
-    from trelm_ds.downstream.finetune import finetune
-    from trelm_ds.downstream.glue import read_glue
-    from trelm_ds.downstream.relations import read_relation
-    from trelm_ds.model import load_pretrained
-
-    settings = FineTuning(
-        **{flag: getattr(args, flag) for flag in FINE_TUNING},
-        eval_batch_size=args.per_device_eval_batch_size,
-    )
-    read = {"typing": read_typing, "relation": read_relation, "glue": read_glue}[args.task]
-    found = read(args.data)
-    backbone, tokenizer = load_pretrained(args.model), load_tokenizer(args.model)
-    if args.task != "glue":
-        return finetune(backbone, tokenizer, found, settings, device)
-    results = [finetune(backbone, tokenizer, task, settings, device) for task in found]
-    # MNLI's two sets count as one task.
-    means = [
-        statistics.fmean(scores[result["metric"]]["mean"] for scores in result["scores"].values())
-        for result in results
-    ]
-    return {"average": statistics.fmean(means), "tasks": {r["name"]: r for r in results}}
 
 
 def score_lama(args, model, tokenizer, device) -> dict:

@@ -91,6 +91,11 @@ def folder(tmp_path_factory):
         "rows": rows,
         "ratios": paired_ratios(rows, headline),
         "equal_time": equal_time_rows(chosen, headline),
+        "downstream": [
+            {"arm": arm, "seed": seed, "task": "typing open", "measure": "dev f1", "score": score}
+            for arm, scores in (("trelm", (0.5, 0.7)), ("dkplm", (0.4, 0.4)))
+            for seed, score in zip((1, 2), scores, strict=True)
+        ],
         "runs": grid,
         "study": STUDY,
     }
@@ -132,6 +137,12 @@ def test_the_other_tables(folder):
     assert named["ms per step"] == "200.0" and named["backward"] == "100.0"
     assert named["data"] == "10.0" and named["other"] == "30.0" and named["FFN kept"] == "25.0%"
     assert "benchmark.py x --set a\\|b" in text  # a bar in a cell does not split it
+
+
+def test_downstream_scores_of_the_arms_that_have_them(folder):
+    rows = table((folder / "REPORT.md").read_text(), "Downstream")
+    assert rows[0] == ["method", "typing open, dev f1"]
+    assert ["trelm", "60.0 (50.0 to 70.0)"] in rows and ["dkplm", "40.0"] in rows
 
 
 def test_figures_exist_and_the_html_stands_alone(folder):

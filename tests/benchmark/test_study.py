@@ -54,6 +54,18 @@ def study(tmp_path, data, starts):
     return build
 
 
+def test_models_are_left_by_the_chosen_runs_of_the_largest_budget_when_asked(study):
+    declared = study(steps=(4, 2))
+    declared.export = True
+    assert declared.run(StopRequest())
+    assert all(r.config.train.export == ("budget_2" not in str(r.folder)) for r in declared.grid())
+    chosen = declared.chosen()
+    assert [(r.arm, r.seed, r.learning_rate) for r in chosen] == [
+        (arm, seed, 0.002) for arm in "ab" for seed in (1, 2)
+    ]
+    assert not any(run.config.train.export for run in study().grid())
+
+
 def test_the_grid_is_searched_with_one_seed_and_the_best_rate_gets_the_others(study, starts):
     declared = study()
     assert [line.split()[0] for line in declared.plan()] == ["new"] * 4 + ["then"]

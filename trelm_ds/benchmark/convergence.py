@@ -6,6 +6,7 @@ import argparse
 import logging
 
 from trelm_ds.benchmark.arms import load_table
+from trelm_ds.benchmark.downstream import DownstreamTask, score_runs
 from trelm_ds.benchmark.options import (
     add_study_arguments,
     declared_study,
@@ -15,6 +16,7 @@ from trelm_ds.benchmark.options import (
 )
 from trelm_ds.benchmark.report import write_report
 from trelm_ds.benchmark.results import require_folder, write_result
+from trelm_ds.benchmark.runner import Run
 from trelm_ds.benchmark.study import Study
 from trelm_ds.benchmark.targets import (
     ACCURACIES,
@@ -26,7 +28,7 @@ from trelm_ds.benchmark.targets import (
     joint,
     paired_ratios,
 )
-from trelm_ds.errors import EXIT_DONE, ConfigError
+from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trelm_ds.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.02,
         help="share of its gain by which a baseline's final value is missed at the target",
     )
+    parser.add_argument(
+        "--downstream",
+        nargs="+",
+        default=[],
+        metavar="TASK=DIR",
+        help="fine-tune the final models too: typing, relation or glue on a folder of data",
+    )
+    parser.add_argument(
+        "--downstream_seeds", type=int, metavar="N", help="of each fine-tuning; default 3"
+    )
+    parser.add_argument(
+        "--downstream_train_samples", type=int, metavar="N", help="at most so many; default all"
+    )
     add_study_arguments(parser, LEARNING_RATES)
 
 
@@ -68,12 +83,22 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
             "add it, or name another with --baselines"
         )
     require_folder(args.json)
-    study = declared_study(args, arms)
+    tasks = [
+        DownstreamTask.parse(
+            text, seeds=args.downstream_seeds, max_train_samples=args.downstream_train_samples
+        )
+        for text in args.downstream
+    ]
+    study = declared_study(args, arms, export=bool(tasks))
     for key in made_equal(study):
         logger.warning("--set %s makes equal what the arms differ in", key)
     code = ended_early(study, args, stop)
     if code is not None:
         return code
+    downstream = score_runs([run for run in study.chosen() if _done(run)], tasks, stop)
+    if downstream is None:
+        logger.info("stopped; the same command goes on")
+        return EXIT_STOPPED
     chosen, every = study.results()
     headline = {m.key: better_baseline(full_runs(chosen), baselines, m) for m in METRICS}
     headline |= {joint(m).key: headline[m.key] for m in ACCURACIES}
@@ -86,11 +111,16 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
         ratios=paired_ratios(rows, headline),
         equal_time=equal_time_rows(chosen, headline),
         runs=[summary(run) for run in every + [r for r in chosen if r not in every]],
+        downstream=downstream,
         study=declaration(study) | {"baselines": baselines, "tolerance": args.tolerance},
     )
     logger.info("result  %s", path)
     logger.info("report  %s", write_report(study.folder, result, chosen, roles))
     return EXIT_DONE
+
+
+def _done(run: Run) -> bool:
+    return run.result()["status"] == "done"
 
 
 def summary(result: dict) -> dict:

@@ -79,7 +79,7 @@ def folder_of(args: argparse.Namespace) -> Path:
     return args.output_dir or Path("outputs/benchmark") / args.kind
 
 
-def declared_study(args: argparse.Namespace, arms: Sequence[Arm]) -> Study:
+def declared_study(args: argparse.Namespace, arms: Sequence[Arm], export: bool = False) -> Study:
     """The study that the flags declare; writes the sample corpus where no data was named.
 
     Raises:
@@ -111,6 +111,7 @@ def declared_study(args: argparse.Namespace, arms: Sequence[Arm]) -> Study:
         settings,
         args.select_by,
         start,
+        export,
     )
 
 

@@ -40,6 +40,7 @@ def write_report(folder: Path, result: dict, chosen: Sequence[dict], roles: Stud
     _say_ratios(document, result, arms)
     _say_finals(document, chosen, arms, study)
     _say_equal_time(document, result, arms)
+    _say_downstream(document, result, arms)
     _say_ablations(document, full, [arm for arm in roles.ablations if arm in arms])
     figures = folder / "figures"
     document.heading("Curves")
@@ -247,6 +248,26 @@ def _say_equal_time(document: Document, result: dict, arms: Sequence[str]) -> No
             ]
         )
     document.table(["method", *(m.label for m in metrics), "early"], body)
+
+
+def _say_downstream(document: Document, result: dict, arms: Sequence[str]) -> None:
+    rows = result.get("downstream")
+    if not rows:
+        return
+    document.heading("Downstream")
+    document.text(
+        "Scores in percent after fine-tuning the final models, each a mean over the fine-tuning's "
+        "seeds; over the study's seeds, mean (lowest to highest)."
+    )
+    tasks = list(dict.fromkeys((row["task"], row["measure"]) for row in rows))
+    body = []
+    for arm in arms:
+        cells = []
+        for task, _ in tasks:
+            scores = [r["score"] for r in rows if (r["arm"], r["task"]) == (arm, task)]
+            cells.append(_spread([100 * score for score in scores], "{:.1f}".format))
+        body.append([arm, *cells])
+    document.table(["method", *(f"{task}, {measure}" for task, measure in tasks)], body)
 
 
 def _say_ablations(document: Document, chosen: Sequence[dict], arms: Sequence[str]) -> None:

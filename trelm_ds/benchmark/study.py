@@ -102,6 +102,7 @@ class Study:
         select_by: metric that chooses the learning rate.
         start: trained first, from ``model.model_name_or_path`` of the settings or from scratch;
             None: the runs themselves begin there.
+        export: runs of the largest budget leave a Hugging Face folder ``hf``.
     """
 
     folder: Path
@@ -112,6 +113,7 @@ class Study:
     settings: dict[str, object] = field(default_factory=dict)
     select_by: str = SELECT_BY
     start: Start | None = None
+    export: bool = False
 
     def __post_init__(self):
         if len({budget.hours is None for budget in self.budgets}) > 1:
@@ -138,7 +140,8 @@ class Study:
         own = {"train.learning_rate": learning_rate, "train.seed": seed}
         if self.start is not None:
             own["model.model_name_or_path"] = str(self.folder / "start" / "hf")
-        config = arm.config({"train.export": False}, budget.keys(), self.settings, own)
+        export = {"train.export": self.export and budget == self.budgets[0]}
+        config = arm.config(export, budget.keys(), self.settings, own)
         folder = self.folder / "runs" / arm.name
         if budget != self.budgets[0]:
             folder /= f"budget_{budget.size:g}"
@@ -213,6 +216,16 @@ class Study:
     def rest(self) -> list[Run]:
         """The other seeds at each arm's best rates, seed after seed, arms inside."""
         return [run for _, run in self._rest()]
+
+    def chosen(self) -> list[Run]:
+        """The finished runs of the largest budget at each arm's best rate, every seed."""
+        best, full = self.best_rates(), self.budgets[0]
+        return [
+            self.declare(arm, best[arm.name, full.size], seed)
+            for arm in self.arms
+            for seed in self.seeds
+            if (arm.name, full.size) in best
+        ]
 
     @property
     def _later(self) -> int:
