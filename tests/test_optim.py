@@ -7,6 +7,7 @@ import torch
 
 from trelm_ds import optim
 from trelm_ds.errors import ConfigError
+from trelm_ds.ops import reference
 from trelm_ds.optim import WHOLE, PathAdamW, RoutedFragment
 
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
@@ -14,10 +15,12 @@ F, D = 10, 6
 SHAPES = {"up_weight": (F, D), "up_bias": (F,), "down_weight": (F, D), "down_bias": (D,)}
 
 
-@pytest.fixture(params=["row by row", "in one launch"], autouse=True)
+@pytest.fixture(params=["piece by piece", "runs at once", "rows at once"], autouse=True)
 def batches(request, monkeypatch):
-    """Both ways to step blocks; a GPU's is torch's own on a CPU too."""
-    monkeypatch.setattr(optim, "_batches", lambda tensor: request.param == "in one launch")
+    """A CPU's way to step paths, and a GPU's two; theirs are torch's own on a CPU too."""
+    monkeypatch.setattr(optim, "_batches", lambda tensor: request.param != "piece by piece")
+    if request.param == "rows at once":
+        monkeypatch.setattr(reference, "MAX_VIEWS", 0)
 
 
 class FixedPaths:

@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from trelm_ds.errors import ConfigError
 from trelm_ds.ops import load_kernels, masked_adamw_
-from trelm_ds.ops.reference import count_runs
+from trelm_ds.ops.reference import count_runs, update_rows
 
 KINDS = ("up_weight", "up_bias", "down_weight", "down_bias")
 WHOLE = "whole parameter"  # any other parameter, or an FFN's without paths: all of it or nothing
@@ -54,6 +54,35 @@ def _send_numbers(steps: list[Tensor | float], device: torch.device) -> None:
         sent = torch.tensor([steps[i] for i in places]).to(device, non_blocking=True)
         for i, step in zip(places, sent.unbind(), strict=True):
             steps[i] = step
+
+
+class _ScatteredRows:
+    """Rows of many pieces of one tensor, to be stepped as rows of one matrix."""
+
+    def __init__(self):
+        # (row length, where the tensor's first row begins) -> rows and their counts
+        self._parts: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+
+    def take(self, piece: RoutedFragment, counts: Tensor) -> bool:
+        """Whether the piece, of which rows with a count train, is of whole rows: then it is in."""
+        length, offset = piece.row_length, piece.start - piece.param_start
+        if piece.param_start % length or piece.numel % length:
+            return False
+        first = piece.param_start // length
+        counts = counts[first : first + piece.numel // length]
+        active = (counts > 0).nonzero().flatten()
+        rows = active + first + offset // length
+        self._parts.setdefault((length, offset % length), []).append((rows, counts[active]))
+        return True
+
+    def step(self, flat: list[Tensor], numbers: dict) -> None:
+        """AdamW on the rows of flat (param, grad, exp_avg, exp_avg_sq)."""
+        for (length, phase), parts in self._parts.items():
+            end = phase + (flat[0].numel() - phase) // length * length
+            matrices = [t[phase:end].view(-1, length) for t in flat]
+            rows, counts = (torch.cat(part) for part in zip(*parts, strict=True))
+            if len(rows):
+                update_rows([*matrices, None], rows, counts, **numbers)
 
 
 class Paths(Protocol):
@@ -203,10 +232,12 @@ class PathAdamW(torch.optim.Optimizer):
 
     def _step_routed(self, p: Tensor, state: dict, pieces: list[RoutedFragment], numbers: dict):
         """Steps the routed pieces of ``p``; returns what is left to plain AdamW: what lies between
-        them and, where launches count, the rows of blocks, all of a group in one call."""
+        them and, where launches count, the rows of blocks, all of a group in one call. Scattered
+        rows are then stepped together, those of all pieces."""
         grad = p.grad.contiguous()
         flat = [t.view(-1) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"])]
         between, end, stepped = [], 0, False
+        batches, scattered = _batches(p) and not self._element_counts, _ScatteredRows()
         for piece in pieces:
             frozen = self._paths.frozen(piece.layer)
             plain = piece.kind == WHOLE or (piece.kind == "down_bias" and not self._element_counts)
@@ -220,9 +251,11 @@ class PathAdamW(torch.optim.Optimizer):
             if not frozen:
                 stepped = True
                 views = [t[piece.start : end] for t in flat]
-                runs = self._runs(piece) if _batches(p) else None
+                runs = self._runs(piece.layer) if batches else None
                 if runs is None:
-                    self._step_piece(piece, views, state, numbers)
+                    counts = self._paths.row_counts(piece.layer) if batches else None
+                    if counts is None or not scattered.take(piece, counts):
+                        self._step_piece(piece, views, state, numbers)
                     continue
                 for begin, stop, count in runs:
                     cut = slice(
@@ -231,19 +264,18 @@ class PathAdamW(torch.optim.Optimizer):
                     )
                     if cut.start < cut.stop:
                         between.append((*(view[cut] for view in views), count - 1.0))
+        scattered.step(flat, numbers)
         if end < p.numel():
             between.append((*(t[end:] for t in flat), state["step"].clone()))
         if stepped or between:
             state["step"] += 1
         return between
 
-    def _runs(self, piece: RoutedFragment) -> list[tuple[int, int, int]] | None:
-        """Runs of the layer's rows that train and share a count; None: too many, or by columns."""
-        if self._element_counts:
-            return None
-        if piece.layer not in self._layer_runs:
-            self._layer_runs[piece.layer] = count_runs(self._paths.row_counts(piece.layer))
-        return self._layer_runs[piece.layer]
+    def _runs(self, layer: int) -> list[tuple[int, int, int]] | None:
+        """Runs of the layer's rows that train and share a count; None: too many."""
+        if layer not in self._layer_runs:
+            self._layer_runs[layer] = count_runs(self._paths.row_counts(layer))
+        return self._layer_runs[layer]
 
     def _step_piece(self, piece: RoutedFragment, views: list[Tensor], state, numbers) -> None:
         counts, columns = self._active(piece)

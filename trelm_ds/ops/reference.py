@@ -130,14 +130,34 @@ def masked_adamw_(
     if end > begin:
         skipped = (begin - offset) // row_length
         rows = active[(active >= skipped) & (active < skipped + (end - begin) // row_length)]
-        index = (rows - skipped).to(param.device, non_blocking=True)
         whole = [None if t is None else t[begin:end].view(-1, row_length) for t in everything]
-        parts = [None if t is None else t.index_select(0, index) for t in whole]
-        t = counts[rows].to(param.device, non_blocking=True)[:, None]
-        updated = _update(*parts, t, columns, **numbers)
-        for part, new in zip([whole[0], *whole[2:]], updated, strict=True):
-            if part is not None:
-                part.index_copy_(0, index, new)
+        update_rows(whole, rows - skipped, counts[rows], columns, **numbers)
+
+
+def update_rows(
+    tensors: list[Tensor | None],
+    rows: Tensor,
+    counts: Tensor,
+    columns: Tensor | None = None,
+    **numbers: float,
+) -> None:
+    """AdamW in place on some rows of param, grad, exp_avg, exp_avg_sq, update_count, [R, d] each.
+
+    Args:
+        tensors: ``update_count`` may be None.
+        rows: int64 [k] on the host, distinct.
+        counts: int64 [k] on the host, the rows' updates including this one.
+        columns: bool [d], those that train; None: all.
+        numbers: lr, beta1, beta2, eps, weight_decay.
+    """
+    device = tensors[0].device
+    index = rows.to(device, non_blocking=True)
+    parts = [None if t is None else t.index_select(0, index) for t in tensors]
+    t = counts.to(device, non_blocking=True)[:, None]
+    updated = _update(*parts, t, columns, **numbers)
+    for part, new in zip([tensors[0], *tensors[2:]], updated, strict=True):
+        if part is not None:
+            part.index_copy_(0, index, new)
 
 
 def count_runs(counts: Tensor) -> list[tuple[int, int, int]] | None:
