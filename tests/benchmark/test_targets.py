@@ -282,20 +282,27 @@ def test_of_several_budgets_the_first_to_get_there_counts_for_the_baseline_too()
     assert (found["budget"], found["steps"]) == (400, 300)
 
 
-def test_at_equal_time_the_longest_budget_that_is_over_speaks():
+def test_at_equal_time_the_run_that_stands_best_by_other_facts_speaks():
+    def chosen(run, *select):
+        for row, value in zip(run["evaluations"], select, strict=True):
+            row["eval/select_p1"] = value
+        return run
+
     results = [
-        result("dkplm", 1, [0.0, 0.1, 0.2, 0.3, 0.4], budget=400),
-        result("slow", 1, [0.0, 0.1, 0.2, 0.3, 0.5], budget=400, seconds=15.0),
-        result("slow", 1, [0.0, 0.1, 0.25], budget=200, seconds=15.0),
-        result("slow", 1, [0.0, 0.9], budget=100, seconds=15.0),
-        result("slower", 1, [0.0, 0.1, 0.2, 0.3, 0.5], budget=400, seconds=40.0),
-        result("slower", 1, [0.0, 0.1, 0.25], budget=200, seconds=40.0),
+        chosen(result("dkplm", 1, [0.0, 0.1, 0.4], budget=200, seconds=20.0), 0.0, 0.1, 0.4),
+        chosen(result("dkplm", 1, [0.0, 0.9], budget=100, seconds=20.0), 0.0, 0.2),
+        # Under way at 40 s and ahead of the one that is over, or behind it.
+        chosen(result("a", 1, [0.0, 0.2, 0.6], budget=200, seconds=40.0), 0.0, 0.3, 0.7),
+        chosen(result("a", 1, [0.0, 0.5], budget=100, seconds=40.0), 0.0, 0.2),
+        chosen(result("b", 1, [0.0, 0.2, 0.6], budget=200, seconds=40.0), 0.0, 0.3, 0.7),
+        chosen(result("b", 1, [0.0, 0.1], budget=100, seconds=40.0), 0.0, 0.4),
     ]
-    rows = {r["method"]: r for r in equal_time_rows(results, {P1.key: "dkplm"}, [P1])}
-    assert (rows["slow"]["value"], rows["slow"]["budget"], rows["slow"]["ended"]) == (
-        0.25,
-        200,
-        True,
-    )
-    # None is over: the shortest, cut off.
-    assert (rows["slower"]["value"], rows["slower"]["ended"]) == (pytest.approx(0.1), False)
+    rows = equal_time_rows(results, {P1.key: "dkplm"}, [P1], select_by="eval/select_p1")
+    found = {r["method"]: (r["value"], r["budget"], r["ended"]) for r in rows}
+    assert found == {"dkplm": (0.4, 200, True), "a": (0.2, 200, False), "b": (0.1, 100, True)}
+    # Nothing to choose by: the largest budget.
+    for run in results:
+        for row in run["evaluations"]:
+            del row["eval/select_p1"]
+    rows = equal_time_rows(results, {P1.key: "dkplm"}, [P1], select_by="eval/select_p1")
+    assert {r["budget"] for r in rows} == {200}

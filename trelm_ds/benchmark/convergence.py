@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
         args.kind,
         rows,
         ratios=paired_ratios(rows, headline),
-        equal_time=equal_time_rows(chosen, headline),
+        equal_time=equal_time_rows(chosen, headline, select_by=study.select_by),
         runs=[summary(run) for run in every + [r for r in chosen if r not in every]],
         downstream=downstream,
         study=declaration(study) | {"baselines": baselines, "tolerance": args.tolerance},

@@ -228,9 +228,10 @@ def _say_equal_time(document: Document, result: dict, arms: Sequence[str]) -> No
         return
     document.heading("At equal time")
     document.text(
-        "Scores at the moment when the better baseline of the same seed ends, of the arm's run of "
-        "the largest budget that was over by then. `early`: there was one, and its final value "
-        "stands; an arm that was still under way had part of its learning-rate decay ahead of it. "
+        "Scores at the moment when the better baseline of the same seed ends, of that run of the "
+        "arm which is best by then by the facts that choose settings. `early`: the run was over, "
+        "and its final value stands; one still under way had part of its learning-rate decay ahead "
+        "of it. "
         "A budget in hours gives each arm a whole schedule in the same time."
     )
     metrics = [m for m in METRICS if any(r["metric"] == m.key for r in rows)]

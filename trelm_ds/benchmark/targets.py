@@ -347,20 +347,32 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def equal_time_rows(
-    results: Sequence[dict], headline: dict[str, str | None], metrics: Sequence[Metric] = METRICS
+    results: Sequence[dict],
+    headline: dict[str, str | None],
+    metrics: Sequence[Metric] = METRICS,
+    select_by: str = MLM_LOSS,
 ) -> list[dict]:
     """Every arm's scores at the moment when the same seed's headline baseline ends.
 
-    Of an arm's runs the one of the largest budget that was over by then speaks for it, because a
-    user with that much time would have planned for it; if none was, the shortest, cut off there.
+    Of an arm's runs the one that is best by ``select_by`` at that moment speaks for it in every
+    score, whether it was over or still under way: what a user would have in hand then, chosen by
+    facts that are not reported.
 
     Returns:
         Rows with ``method``, ``seed``, ``metric``, ``baseline``, ``time_s``, ``value``,
-        ``baseline_value``, ``budget``, ``ended`` (the run was over by then: its schedule had more
-        of its decay behind it than one that was cut off there).
+        ``baseline_value``, ``budget``, ``ended`` (the run was over by then; one that was cut off
+        there had part of its decay ahead of it).
     """
     runs = _by_run(results)
     rows = []
+    sign = -1.0 if select_by == MLM_LOSS else 1.0
+
+    def standing(run: dict, moment: float) -> tuple[float, float]:
+        """Sort key of a run, best last; the larger budget where it does not say."""
+        points = curve(run["evaluations"], select_by)
+        value = sign * at_time(points, moment).value if points else -math.inf
+        return value, run["budget"]
+
     for metric in metrics:
         for (arm, seed), of_arm in runs.items():
             baseline = headline.get(metric.key)
@@ -369,8 +381,7 @@ def equal_time_rows(
             if not curves or not reference:
                 continue
             moment = reference[-1].time_s
-            over = [pair for pair in curves if pair[1][-1].time_s <= moment]
-            run, points = over[0] if over else curves[-1]
+            run, points = max(curves, key=lambda pair: standing(pair[0], moment))
             rows.append(
                 {
                     "method": arm,
