@@ -32,15 +32,16 @@ class TokenPrior(nn.Module):
 
 
 def mlm_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """-log P(token) at each masked position, in float32.
+    """-log P(token) at each masked position, of bf16 scores too in float32.
 
     Args:
         logits: float [K, vocabulary], of the masked positions only.
         labels: int64 [K].
     Returns:
-        float32 [K]; empty, still connected to ``logits``, when K is 0.
+        float32 [K] (float64 for float64 scores); empty, still connected to ``logits``, when K is 0.
     """
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(dtype), labels, reduction="none")
 
 
 def mlm_split_sums(losses: torch.Tensor, is_object: torch.Tensor) -> torch.Tensor:

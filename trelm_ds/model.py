@@ -32,7 +32,6 @@ from trelm_ds.losses import (
     entity_scores,
     gold_log_probability,
     mention_probability,
-    mlm_losses,
     mlm_split_sums,
     split_weights,
     total_loss,
@@ -40,6 +39,7 @@ from trelm_ds.losses import (
 from trelm_ds.memory.bank import MemoryRows
 from trelm_ds.memory.mixing import memory_input
 from trelm_ds.memory.window import local_memory
+from trelm_ds.output_layer import install_output_layer, masked_token_losses, mlm_head
 from trelm_ds.routing.attribution import AttributionProblem
 from trelm_ds.routing.context import RoutingContext
 from trelm_ds.routing.ffn import install_routed_ffn, to_hf_state_dict
@@ -194,10 +194,6 @@ def encode(
     return backbone.base_model(
         inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids
     )[0]
-
-
-def mlm_head(backbone: nn.Module) -> nn.Module:
-    return backbone.lm_head if backbone.config.model_type == "roberta" else backbone.cls
 
 
 # -- spans --------------------------------------------------------------------------------------
@@ -364,6 +360,7 @@ class TrelmModel(MaskedLanguageModel):
         self.config = config
         self.routing_context = RoutingContext()
         self.ffns = install_routed_ffn(backbone, self.routing_context)
+        install_output_layer(backbone)
         self.routing_context.checkpointing = config.model.gradient_checkpointing
         if config.model.gradient_checkpointing:
             # Two names of one method: the first is new in transformers 5, the second leaves in 6.
@@ -477,8 +474,8 @@ class TrelmModel(MaskedLanguageModel):
         packing = self._packing(batch.attention_mask, batch.num_tokens)
         embeds = self._embed(batch, memory, memory_weight)
         states = encode(self.backbone, embeds, batch.attention_mask, packing)
-        logits = mlm_head(self.backbone)(states.flatten(0, 1)[batch.mlm_positions])
-        losses = mlm_losses(logits, batch.mlm_labels)
+        masked = states.flatten(0, 1)[batch.mlm_positions]
+        losses = masked_token_losses(self.backbone, masked, batch.mlm_labels)
         share = self.config.train.object_loss_share
         if share is None:
             mlm = losses.sum() / (normalizers.mlm or 1.0)

@@ -265,7 +265,7 @@ def one_sided_run(rank, world_size, data_dir, output_dir):
 
 def one_sided(micro_batches, rank) -> list:
     names = ("decode_mention", "decode_relation", "decode_other", "decode_tokens")
-    names += ("entity_gold", "entity_hits")
+    names += ("decoded_positions", "entity_gold", "entity_hits")
     if not rank:
         return micro_batches
     return [

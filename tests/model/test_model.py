@@ -29,10 +29,10 @@ from trelm_ds.model import (
     build_backbone,
     encode,
     load_backbone,
-    mlm_head,
     parameter_groups,
     span_mean,
 )
+from trelm_ds.output_layer import mlm_head
 
 BOTH = pytest.mark.parametrize("model_type", ["bert", "roberta"])
 
