@@ -22,22 +22,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, bias, labels, block_rows):
         loss_dtype = torch.promote_types(states.dtype, torch.float32)
-        losses = states.new_empty(len(states), dtype=loss_dtype)
         needs_gradient = any(ctx.needs_input_grad)
-        grads = []
-        for start in range(0, max(1, len(states)), block_rows):
-            gold = labels[start : start + block_rows, None]
-            scores = F.linear(states[start : start + block_rows], weight, bias)
-            log_p = scores.to(loss_dtype).log_softmax(1)
-            losses[start : start + block_rows] = -log_p.gather(1, gold)[:, 0]
+        losses, grads = [], []
+        blocks = zip(states.split(block_rows), labels[:, None].split(block_rows), strict=True)
+        for block, gold in blocks:  # without positions, one empty block
+            log_p = F.linear(block, weight, bias).to(loss_dtype).log_softmax(1)
+            losses.append(-log_p.gather(1, gold)[:, 0])
             if needs_gradient:  # d loss / d scores = p - 1 at the gold token, in log p's place
-                grad = log_p.exp_()
-                grad.scatter_add_(1, gold, grad.new_full((1, 1), -1.0).expand(gold.shape))
+                grad = log_p.exp_().scatter_add_(1, gold, log_p.new_full(gold.shape, -1.0))
                 grads.append(grad.to(states.dtype))
         if needs_gradient:
-            grads = torch.cat(grads) if len(grads) != 1 else grads[0]
+            grads = torch.cat(grads) if len(grads) > 1 else grads[0]
             ctx.save_for_backward(states, weight, grads)
-        return losses
+        return torch.cat(losses)
 
     @staticmethod
     @once_differentiable
