@@ -170,7 +170,9 @@ def _by_sequence(query, key, value, packing: Packing, dropout: float) -> torch.T
     """
     lengths = packing.offsets.diff().tolist()
     outputs = [
-        scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in sequence), dropout_p=dropout)
+        scaled_dot_product_attention(
+            *(t.transpose(0, 1)[None] for t in sequence), dropout_p=dropout
+        )
         for sequence in zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
     ]
     return torch.cat([output[0].transpose(0, 1) for output in outputs])

@@ -43,6 +43,10 @@ def test_scores_are_those_of_the_task_and_kept_for_the_next_start(data, run, mon
     other = DownstreamTask.parse(f"typing={data / 'toy'}", seeds=2, max_train_samples=8)
     with pytest.raises(TypeError):  # asked for other settings it is
         score_runs([run], [other], StopRequest())
+    write_typing(data / "elsewhere" / "toy", sizes=(8, 8))
+    other = DownstreamTask("typing", data / "elsewhere" / "toy", task.settings)
+    with pytest.raises(TypeError):  # nor are other data of that name the same
+        score_runs([run], [other], StopRequest())
 
 
 def test_glue_is_quoted_by_its_average(data, run):

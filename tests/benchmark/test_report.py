@@ -8,12 +8,9 @@ import pytest
 from trelm_ds.benchmark.arms import StudyPlan
 from trelm_ds.benchmark.report import write_report, write_sweep_report
 from trelm_ds.benchmark.targets import (
-    ACCURACIES,
     METRICS,
-    better_baseline,
     convergence_rows,
     equal_time_rows,
-    joint,
     paired_ratios,
 )
 
@@ -21,8 +18,9 @@ ROLES = StudyPlan(
     arms=(),
     baselines=("dkplm",),
     ablations=("trelm", "trelm-no-memory"),
-    modules=("dkplm", "trelm"),
+    modules=("dkplm", "trelm-no-memory", "trelm"),
 )
+P1 = "eval/report_p1"
 COST = {"throughput/step_s": 0.2, "time/forward_s": 0.05, "time/backward_s": 0.1}
 
 
@@ -46,6 +44,8 @@ def run(arm, seed, final, rate=0.001, status="done"):
         "cost": COST | {"time/attribution_s": 0.01, "data/wait_fraction": 0.05},
         "peak_memory_gib": 1.5,
         "kept_fraction": 0.25 if arm == "trelm" else None,
+        "commit": "abc" if seed == 1 else "def",
+        "hardware": {"cpu": "a processor", "cores": 2, "threads": 1},
         "evaluations": evaluations if status == "done" else [],
     }
 
@@ -82,15 +82,13 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     finals = {"trelm": 0.4, "trelm-no-memory": 0.3, "dkplm": 0.2, "slow": 0.1}
     chosen = [run(arm, seed, final) for seed in (1, 2) for arm, final in finals.items()]
-    headline = {m.key: better_baseline(chosen, ["dkplm"], m) for m in METRICS}
-    headline |= {joint(m).key: headline[m.key] for m in ACCURACIES}
     rows = convergence_rows(chosen, ["dkplm"], METRICS, 0.0)
     grid = [r | r["evaluations"][-1] | {"chosen": True} for r in chosen]
     grid += [run(arm, 1, 0.0, 0.5, "diverged") | {"chosen": False} for arm in finals]
     result = header("convergence") | {
         "rows": rows,
-        "ratios": paired_ratios(rows, headline),
-        "equal_time": equal_time_rows(chosen, headline),
+        "ratios": paired_ratios(rows),
+        "equal_time": equal_time_rows(chosen, ["dkplm"]),
         "downstream": [
             {"arm": arm, "seed": seed, "task": "typing open", "measure": "dev f1", "score": score}
             for arm, scores in (("trelm", (0.5, 0.7)), ("dkplm", (0.4, 0.4)))
@@ -115,15 +113,45 @@ def table(text, heading, number=0):
 def test_the_headline_table_says_ratios_and_failures(folder):
     text = (folder / "REPORT.md").read_text()
     rows = {row[0]: row for row in table(text, "Time to target")}
-    at = rows["method"].index("P@1 all, text kept (vs dkplm)")
+    at = rows["method"].index("P@1 all, text kept")
     # All arms lose text alike: at half the time the loss is not yet the baseline's.
-    assert rows["trelm"][at] == "1.00" and rows["slow"][at] == "not reached (0/2)"
+    assert rows["trelm"][at] == "1.00 vs dkplm"
+    assert rows["slow"][at] == "not reached (0/2) vs dkplm"
     rows = {row[0]: row for row in table(text, "Time to target", 1)}
-    at = rows["method"].index("P@1 all (vs dkplm)")
-    assert rows["trelm"][at] == "0.50" and rows["dkplm"][at] == "1.00"
-    assert rows["slow"][at] == "not reached (0/2)"
+    at = rows["method"].index("P@1 all")
+    assert rows["trelm"][at] == "0.50 vs dkplm" and rows["dkplm"][at] == "1.00 vs dkplm"
+    assert rows["slow"][at] == "not reached (0/2) vs dkplm"
     # Reached in half the time: the text loss was 8 then, 6 when the baseline got there.
     assert "8.000 / 6.000" in text
+
+
+def test_where_the_runs_ran_and_what_the_grid_does_not_settle(folder):
+    text = (folder / "REPORT.md").read_text()
+    assert "| abc; def |" in text and "| a processor, 2 cores, 1 thread(s) a run |" in text
+    assert "of several commits or machines" in text and "taking turns" not in text
+    assert "edge of the grid" in text and "dkplm (400: 0.001)" in text
+
+
+def test_runs_that_diverged_are_in_no_mean(tmp_path):
+    chosen = [run("trelm", 1, 0.4), run("dkplm", 1, 0.2), run("dkplm", 2, 0.4)]
+    cut = run("trelm", 2, 0.9)
+    chosen.append(cut | {"status": "diverged", "failure": "not finite"})
+    result = header("convergence") | {"rows": [], "ratios": [], "equal_time": []}
+    study = STUDY | {"learning_rates": [0.001]}
+    result |= {"runs": [r | {"chosen": True} for r in chosen], "study": study}
+    write_report(tmp_path, result, chosen, ROLES)
+    text = (tmp_path / "REPORT.md").read_text()
+    finals = {row[0]: row for row in table(text, "Final scores")}
+    assert finals["trelm"][3] == "40.0" and finals["dkplm"][3] == "30.0 (20.0 to 40.0)"
+    assert "trelm seed 2 diverged, and is in no mean: not finite" in text
+    rows = [
+        {"value": v, "status": s, "cost": COST, "steps": 1, "time_s": 1.0, P1: p, "seed": 1}
+        for v, s, p in ((1, "done", 0.2), (2, "done", 0.3), (2, "diverged", 0.9))
+    ]
+    result = header("sweep") | {"rows": rows, "key": "k", "values": [1, 2], "study": STUDY}
+    write_sweep_report(tmp_path, result)
+    text = (tmp_path / "REPORT.md").read_text()
+    assert ["2, 1 run(s) diverged", "30.0", "200.0"] in table(text, "Final scores")
 
 
 def test_the_other_tables(folder):
@@ -163,6 +191,7 @@ def test_a_sweep_has_one_table_and_one_figure(tmp_path):
             "method": "trelm",
             "value": value,
             "seed": seed,
+            "status": "done",
             "cost": COST,
             "steps": 10,
             "time_s": 2.0,

@@ -70,6 +70,7 @@ def test_globs_choose_routing_arms(data, tmp_path, capsys):
         (["--tolerance", "1"], "--tolerance"),
         (["--json", "missing/folder/x.json"], "no such folder"),
         (["--parallel", "many"], "invalid int"),
+        (["--select_by", "eval/report_p1"], "facts that are not reported"),
     ],
 )
 def test_bad_flags_are_one_line(data, tmp_path, capsys, argv, said):
@@ -95,6 +96,9 @@ def test_sweeps_by_short_name_and_by_key(data, tmp_path, capsys):
     assert "twice" in capsys.readouterr().err
     assert main([*argv, "--key", "rho", "--values", "3"]) == 2
     assert "routing.kept_fraction" in capsys.readouterr().err
+    for key in ("train.learning_rate", "train.seed", "train.max_steps", "train.eval_steps"):
+        assert main([*argv, "--key", key, "--values", "1", "2"]) == 2
+        assert f"--key {key}: the study decides" in capsys.readouterr().err
 
 
 def command(repo, *argv):

@@ -186,9 +186,21 @@ def test_other_settings_or_other_data_are_refused(study, data):
     with pytest.raises(ConfigError, match=r"memory.half_window 16, and is now asked for 3"):
         study(memory__half_window=3).run(StopRequest())
     assert study(train__logging_steps=7).run(StopRequest())  # changes nothing that is reported
+    config = data.parent / "ds.json"
+    config.write_text("{}")
+    with pytest.raises(ConfigError, match="another --deepspeed"):
+        study().run(StopRequest(), deepspeed=config)
     write_tiny_corpus(data, train=9, heldout=4)
     with pytest.raises(ConfigError, match="other data"):
         study().run(StopRequest())
+
+
+def test_runs_of_one_study_have_as_many_cores_each(study, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr("os.sched_setaffinity", lambda pid, cores: None)
+    assert study().run(StopRequest())
+    with pytest.raises(ConfigError, match="another number of cores"):
+        study().run(StopRequest(), parallel=2)
 
 
 def test_one_study_at_a_time_works_in_a_folder(study):

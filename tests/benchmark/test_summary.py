@@ -38,7 +38,7 @@ def test_a_study_and_whole_models_are_shown_newest_first(tmp_path):
     ratios = [
         ratio("dkplm", "eval/report_p1"),
         ratio("mlm", "eval/report_p1"),
-        ratio("trelm", "eval/report_p1", headline=False),
+        ratio("trelm", "eval/report_p1", baseline="dkplm-encoder", time_ratio=0.3),
         ratio("trelm", "eval/report_p1_tail", time_ratio=None, reached=1),
         ratio("trelm", "eval/report_p1"),
         ratio("trelm", "eval/report_p1+text", time_ratio=0.6, high=None),

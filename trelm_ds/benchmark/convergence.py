@@ -19,13 +19,9 @@ from trelm_ds.benchmark.results import require_folder, write_result
 from trelm_ds.benchmark.runner import Run
 from trelm_ds.benchmark.study import Study
 from trelm_ds.benchmark.targets import (
-    ACCURACIES,
     METRICS,
-    better_baseline,
     convergence_rows,
     equal_time_rows,
-    full_runs,
-    joint,
     paired_ratios,
 )
 from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
@@ -89,6 +85,9 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
         )
         for text in args.downstream
     ]
+    labels = [task.label for task in tasks]
+    if len(set(labels)) < len(labels):
+        raise ConfigError("--downstream: two tasks have folders of one name; rename one")
     study = declared_study(args, arms, export=bool(tasks))
     for key in made_equal(study):
         logger.warning("--set %s makes equal what the arms differ in", key)
@@ -100,16 +99,14 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
         logger.info("stopped; the same command goes on")
         return EXIT_STOPPED
     chosen, every = study.results()
-    headline = {m.key: better_baseline(full_runs(chosen), baselines, m) for m in METRICS}
-    headline |= {joint(m).key: headline[m.key] for m in ACCURACIES}
     rows = convergence_rows(chosen, baselines, METRICS, args.tolerance)
     path = args.json or folder_of(args) / f"{args.kind}.json"
     result = write_result(
         path,
         args.kind,
         rows,
-        ratios=paired_ratios(rows, headline),
-        equal_time=equal_time_rows(chosen, headline, select_by=study.select_by),
+        ratios=paired_ratios(rows),
+        equal_time=equal_time_rows(chosen, baselines, select_by=study.select_by),
         runs=[summary(run) for run in every + [r for r in chosen if r not in every]],
         downstream=downstream,
         study=declaration(study) | {"baselines": baselines, "tolerance": args.tolerance},

@@ -72,7 +72,8 @@ def score_runs(
             if stop.requested:
                 return None
             path = run.folder / "downstream" / f"{task.name}-{task.data.name}.json"
-            result = _kept(path, task.settings)
+            asked = asdict(task.settings) | {"data": str(task.data.resolve())}
+            result = _kept(path, asked)
             if result is None:
                 model = run.folder / "hf"
                 if not model.is_dir():
@@ -82,20 +83,21 @@ def score_runs(
                     )
                 logger.info("fine-tuning on %s: %s, %d left", task.label, run.name, left)
                 result = fine_tune(task.name, model, task.data, task.settings, device)
-                result["asked"] = asdict(task.settings)
+                result["asked"] = asked
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, result)
             left -= 1
             measure, score = headline(result)
             row = {"arm": run.arm, "learning_rate": run.learning_rate, "seed": run.seed}
-            row |= {"task": task.label, "measure": measure, "score": score, "result": result}
+            told = {key: value for key, value in result.items() if key != "asked"}
+            row |= {"task": task.label, "measure": measure, "score": score, "result": told}
             rows.append(row)
     return rows
 
 
-def _kept(path: Path, settings: FineTuning) -> dict | None:
-    """The result of an earlier start of the study, if it was of the same settings."""
+def _kept(path: Path, asked: dict) -> dict | None:
+    """The result of an earlier start of the study, if it was asked the same."""
     if not path.is_file():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result.get("asked") == asdict(settings) else None
+    return result if result.get("asked") == asked else None

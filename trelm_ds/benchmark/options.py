@@ -88,6 +88,11 @@ def declared_study(args: argparse.Namespace, arms: Sequence[Arm], export: bool =
     """
     if args.seeds < 1:
         raise ConfigError(f"--seeds {args.seeds}: must be at least 1")
+    if args.select_by.startswith(("eval/report_", "eval/probe_")):
+        raise ConfigError(
+            f"--select_by {args.select_by}: settings are chosen by facts that are not reported: "
+            f"eval/select_p1, or eval/mlm_loss"
+        )
     rates = args.learning_rates
     if len(set(rates)) < len(rates):
         raise ConfigError("--learning_rates: a rate is named twice")

@@ -41,7 +41,9 @@ def write_report(folder: Path, result: dict, chosen: Sequence[dict], roles: Stud
     _say_finals(document, chosen, arms, study)
     _say_equal_time(document, result, arms)
     _say_downstream(document, result, arms)
-    _say_ablations(document, full, [arm for arm in roles.ablations if arm in arms])
+    if arms_of_table := [arm for arm in roles.ablations if arm in arms]:
+        if arms_of_table[0] == roles.ablations[0]:  # the whole, which the others are less of
+            _say_ablations(document, full, arms_of_table)
     figures = folder / "figures"
     document.heading("Curves")
     shown = ((LOSS,), "held-out MLM loss (after the paper's Fig. 4)", "loss")
@@ -52,13 +54,13 @@ def write_report(folder: Path, result: dict, chosen: Sequence[dict], roles: Stud
             if plot_curves(path, chosen, arms, metrics, by=by):
                 document.figure(path, f"{label} against {against}; one line a run")
     modules = [arm for arm in roles.modules if arm in arms]
-    if len(modules) > 1:
+    if set(modules) & set(roles.modules[1:-1]):  # between the baseline and the whole
         path = figures / "modules_by_time.png"
         if plot_curves(path, full, modules, (LOSS, *METRICS[1:3])):
             document.figure(path, "each module alone (after the paper's Fig. 6)")
     _say_costs(document, full, arms, figures)
     _say_grid(document, result["runs"], study)
-    _say_rules(document, study)
+    _say_rules(document, result)
     return document.write(folder)
 
 
@@ -71,10 +73,11 @@ def write_sweep_report(folder: Path, result: dict) -> Path:
     metrics = [m for m in METRICS if any(row.get(m.key) is not None for row in result["rows"])]
     rows = []
     for value in values:
-        found = [row for row in result["rows"] if row["value"] == value]
+        found = [row for row in _done(result["rows"]) if row["value"] == value]
+        failed = sum(row["value"] == value for row in result["rows"]) - len(found)
         rows.append(
             [
-                str(value),
+                f"{value}, {failed} run(s) diverged" if failed else str(value),
                 *(_spread([r.get(m.key) for r in found], _form(m)) for m in metrics),
                 _spread([_ms_per_step(r) for r in found], "{:.1f}".format),
             ]
@@ -97,13 +100,10 @@ def write_sweep_report(folder: Path, result: dict) -> Path:
 
 
 def _say_conditions(document: Document, result: dict) -> None:
-    study, hardware = result["study"], result["hardware"]
+    study = result["study"]
     of_hours = study["budgets"][0]["hours"]
     lengths = [f"{budget['hours' if of_hours else 'steps']:g}" for budget in study["budgets"]]
     length = ", ".join(lengths) + (" h of training clock" if of_hours else " steps")
-    machine = f"{hardware.get('cpu')}, {hardware.get('cores')} cores"
-    if hardware.get("gpu"):
-        machine += f", {hardware.get('gpus')} x {hardware['gpu']}"
     rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
     start = study.get("start")
     begun = study["settings"].get("model.model_name_or_path") or "from scratch"
@@ -116,8 +116,8 @@ def _say_conditions(document: Document, result: dict) -> None:
         ["condition", "value"],
         [
             ["command", result["command"]],
-            ["commit", str(result["commit"])],
-            ["hardware", machine],
+            ["commit of the runs", "; ".join(_commits(result))],
+            ["hardware of the runs", "; ".join(_machines(result))],
             ["data", f"{study['data']} ({study['dataset_id'][:12]})"],
             ["budget of a run" if len(lengths) == 1 else "budgets, each arm's grid", length],
             ["learning rates, each arm's grid", rates],
@@ -129,6 +129,28 @@ def _say_conditions(document: Document, result: dict) -> None:
     )
 
 
+def _runs(result: dict) -> list[dict]:
+    """The runs that say where they ran; a sweep's rows are its runs."""
+    return [r for r in result.get("runs", result["rows"]) if r.get("hardware")]
+
+
+def _commits(result: dict) -> list[str]:
+    return sorted({str(run["commit"]) for run in _runs(result)}) or [str(result["commit"])]
+
+
+def _machines(result: dict) -> list[str]:
+    """Not only where the report was written: a study may have gone on elsewhere."""
+    found = []
+    for hardware in [run["hardware"] for run in _runs(result)] or [result["hardware"]]:
+        machine = f"{hardware.get('cpu')}, {hardware.get('cores')} cores"
+        if hardware.get("gpu"):
+            machine += f", {hardware.get('gpus')} x {hardware['gpu']}"
+        if "threads" in hardware:
+            machine += f", {hardware['threads']} thread(s) a run"
+        found.append(machine)
+    return sorted(set(found))
+
+
 def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
     study = result["study"]
     document.heading("Time to target")
@@ -136,7 +158,7 @@ def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
         "Time on the training clock to a baseline's final value less "
         f"{study['tolerance']:.0%} of what it gained, over the baseline's own time to it: below 1 "
         "is faster. Median of the pairs of equal seeds (lowest to highest). Evaluated without "
-        "injection and with lambda 0, on facts that no setting was chosen by."
+        "injection and with lambda 0."
     )
     if len(study["budgets"]) > 1:
         document.text(
@@ -146,13 +168,17 @@ def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
     head = {(r["method"], r["metric"]): r for r in result["ratios"] if r["headline"]}
 
     def table(metrics: Sequence[Metric]) -> None:
-        found = {m: r["baseline"] for m in metrics for (_, k), r in head.items() if k == m.key}
+        found = [m for m in metrics if any(key == m.key for _, key in head)]
         if found:
             document.table(
-                ["method", *(f"{m.label} (vs {baseline})" for m, baseline in found.items())],
-                [[arm, *(ratio_cell(head.get((arm, m.key))) for m in found)] for arm in arms],
+                ["method", *(m.label for m in found)],
+                [[arm, *(_against(head.get((arm, m.key))) for m in found)] for arm in arms],
             )
 
+    document.text(
+        "Each cell is against the baseline that leaves the method the least gain, which it names: "
+        f"of {', '.join(study['baselines'])}. The ratios to all of them are below."
+    )
     document.text(
         "Facts with the text kept: the P@1 target and the baseline's final held-out MLM loss (with "
         "the same tolerance), both at the same moment."
@@ -182,13 +208,13 @@ def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
                     _number(ratio["step_time_ratio"], "{:.2f}"),
                     f"{_number(ratio['mlm_loss'], '{:.3f}')} / "
                     f"{_number(ratio['baseline_mlm_loss'], '{:.3f}')}",
-                    f"{ratio['reached']}/{ratio['pairs']}",
-                    f"{ratio['held']}/{ratio['pairs']}",
+                    f"{ratio['reached']}/{ratio['pairs'] - ratio['at_start']}",
+                    f"{ratio['held']}/{ratio['pairs'] - ratio['at_start']}",
                 ]
             )
     document.table(
         [
-            *("method", "metric", "baseline (* better one)", "target", "time ratio", "steps ratio"),
+            *("method", "metric", "baseline (* least gain)", "target", "time ratio", "steps ratio"),
             *("time per step ratio", "MLM loss then", "reached", "held"),
         ],
         rows,
@@ -201,7 +227,7 @@ def _say_finals(document, chosen, arms, study) -> None:
     rows = []
     for arm in arms:
         for budget in _budgets(chosen):
-            runs = [r for r in chosen if (r["arm"], r["budget"]) == (arm, budget)]
+            runs = [r for r in _done(chosen) if (r["arm"], r["budget"]) == (arm, budget)]
             if not runs:
                 continue
             rows.append(
@@ -219,7 +245,9 @@ def _say_finals(document, chosen, arms, study) -> None:
     )
     failed = [r for r in chosen if r["status"] != "done"]
     for run in failed:
-        document.text(f"{run['arm']} seed {run['seed']} {run['status']}: {run['failure']}")
+        document.text(
+            f"{run['arm']} seed {run['seed']} {run['status']}, and is in no mean: {run['failure']}"
+        )
 
 
 def _say_equal_time(document: Document, result: dict, arms: Sequence[str]) -> None:
@@ -280,7 +308,7 @@ def _say_ablations(document: Document, chosen: Sequence[dict], arms: Sequence[st
     rows = []
     full: dict[Metric, float | None] = {}
     for arm in arms:
-        runs = [r for r in chosen if r["arm"] == arm]
+        runs = [r for r in _done(chosen) if r["arm"] == arm]
         means = {m: _mean([_final(r, m) for r in runs]) for m in metrics}
         full = full or means
         cells = []
@@ -291,6 +319,11 @@ def _say_ablations(document: Document, chosen: Sequence[dict], arms: Sequence[st
             cells.append(cell)
         rows.append([arm, *cells])
     document.table(["method", *(m.label for m in metrics)], rows)
+
+
+def _done(runs: Sequence[dict]) -> list[dict]:
+    """Without those that diverged, whose last evaluation is of another length of training."""
+    return [run for run in runs if run["status"] == "done"]
 
 
 def _budgets(runs: Sequence[dict]) -> list[float]:
@@ -369,16 +402,42 @@ def _say_grid(document: Document, runs: Sequence[dict], study: dict) -> None:
                 cells.append(f"[{cell}]" if run["chosen"] else cell)
             rows.append([arm, f"{budget:g}", *cells])
     document.table(["method", "budget", *(f"{rate:g}" for rate in study["learning_rates"])], rows)
+    lowest, *_, highest = sorted(study["learning_rates"])
+    at_edge = [
+        f"{run['arm']} ({run['budget']:g}: {run['learning_rate']:g})"
+        for run in runs
+        if run["chosen"]
+        and run["seed"] == study["seeds"][0]
+        and run["learning_rate"] in (lowest, highest)
+    ]
+    if at_edge:
+        document.text(
+            "Chosen at an edge of the grid, so that a rate beyond it might be better still: "
+            f"{', '.join(at_edge)}."
+        )
 
 
-def _say_rules(document: Document, study: dict) -> None:
+def _say_rules(document: Document, result: dict) -> None:
+    study = result["study"]
     document.heading("How to read this")
+    alike = len(_commits(result)) == len(_machines(result)) == 1
     document.text(
         "Every arm: the same data order, negatives, seeds, budget, schedule and grid, through the "
-        "same training loop on the same machine, runs of different arms taking turns. The clock "
-        "holds attribution, memory bank and data loading, not evaluation, checkpoints or the "
-        "scoring of mentions before training. A quarter of the probe's facts chose the learning "
-        "rates and is in no score here. P@1 is in percent, macro over relations. Times compare "
+        "same training loop"
+        + (
+            ", on one machine, runs of different arms taking turns. "
+            if alike
+            else ". The runs are of several commits or machines (first table), so that not every "
+            "pair of them took turns. "
+        )
+        + "The clock holds attribution, memory bank and data loading, not evaluation, checkpoints "
+        "or the scoring of mentions before training. "
+        + (
+            "The held-out MLM loss chose the learning rates. "
+            if study["select_by"] == MLM_LOSS
+            else "A quarter of the probe's facts chose the learning rates and is in no score here. "
+        )
+        + "P@1 is in percent, macro over relations. Times compare "
         "the arms of this table with each other, not with other machines."
     )
 
@@ -419,14 +478,22 @@ def ratio_cell(row: dict | None) -> str:
         return NOTHING
     if row["at_start"] == row["pairs"]:
         return "held from the start"
+    usable = row["pairs"] - row["at_start"]
     if row["time_ratio"] is None:
-        return f"not reached ({row['reached']}/{row['pairs']})"
-    cell = f"{row['time_ratio']:.2f}"
-    if row["low"] != row["high"]:
-        cell += f" ({row['low']:.2f} to {_number(row['high'], '{:.2f}')})"
-    if row["reached"] < row["pairs"]:
-        cell += f", reached {row['reached']}/{row['pairs']}"
+        cell = f"not reached ({row['reached']}/{usable})"
+    else:
+        cell = f"{row['time_ratio']:.2f}"
+        if row["low"] != row["high"]:
+            cell += f" ({row['low']:.2f} to {_number(row['high'], '{:.2f}')})"
+        if row["reached"] < usable:
+            cell += f", reached {row['reached']}/{usable}"
+    if row["at_start"]:
+        cell += f", {row['at_start']} of {row['pairs']} seeds held from the start"
     return cell
+
+
+def _against(row: dict | None) -> str:
+    return NOTHING if row is None else f"{ratio_cell(row)} vs {row['baseline']}"
 
 
 def _final(run: dict, metric: Metric) -> float | None:

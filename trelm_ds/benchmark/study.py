@@ -265,10 +265,10 @@ class Study:
                 raise ConfigError(
                     f"{self.folder} is in use: another study, or a run it left behind, works there"
                 ) from None
-            self._check_data()
             runner = Runner(
                 parallel, stop, deepspeed=deepspeed, keep_checkpoints=keep_checkpoints, lock=lock
             )
+            self._check_conditions(len(runner.slots[0]), deepspeed)
             start = self.start_run()
             if start is not None and not runner.run([start], later=len(self.grid()) + self._later):
                 return False
@@ -276,16 +276,22 @@ class Study:
                 return False
             return runner.run(self.grid(), later=self._later) and runner.run(self.rest())
 
-    def _check_data(self) -> None:
+    def _check_conditions(self, cores: int, deepspeed: Path | None) -> None:
+        """What ``request.json`` does not say and every run has to share, kept in ``study.json``."""
+        text = None if deepspeed is None else deepspeed.read_text(encoding="utf-8")
+        wanted = {
+            "dataset_id": ("other data", self.dataset_id),
+            "cores": ("runs on another number of cores (--parallel)", cores),
+            "deepspeed": ("another --deepspeed", text),
+        }
         path = self.folder / "study.json"
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))["dataset_id"]
-            if found != self.dataset_id:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for key, (what, value) in wanted.items():
+            if found.get(key, value) != value:
                 raise ConfigError(
-                    f"{self.folder} holds a study of other data: choose another --output_dir"
+                    f"{self.folder} holds a study of {what}: choose another --output_dir"
                 )
-        else:
-            write_json(path, {"dataset_id": self.dataset_id})
+        write_json(path, {key: value for key, (_, value) in wanted.items()})
 
     def _score_mentions(self, runner: Runner) -> bool:
         """Scores the corpus's mentions (Eq. 1) before the first run, where nobody has yet.

@@ -7,7 +7,13 @@ import logging
 
 from trelm_ds.benchmark.arms import Arm, Sweep, load_table
 from trelm_ds.benchmark.convergence import declaration
-from trelm_ds.benchmark.options import add_study_arguments, declared_study, ended_early, folder_of
+from trelm_ds.benchmark.options import (
+    OWN,
+    add_study_arguments,
+    declared_study,
+    ended_early,
+    folder_of,
+)
 from trelm_ds.benchmark.report import write_sweep_report
 from trelm_ds.benchmark.results import require_folder, write_result
 from trelm_ds.config import known_keys, nearest_key
@@ -50,6 +56,9 @@ def named_sweep(key: str, values: list[str] | None) -> Sweep:
 def run(args: argparse.Namespace, stop: StopRequest) -> int:
     """Runs what is missing of the sweep, then writes its JSON, its table and its figure."""
     sweep = named_sweep(args.key, args.values)
+    section, _, name = sweep.key.partition(".")
+    if name in OWN or name == "eval_steps":
+        raise ConfigError(f"--key {args.key}: the study decides it for every run, see --help")
     base = load_table().find([args.method])
     if len(args.budget) > 1:
         raise ConfigError("--budget: a sweep compares values at one budget")
@@ -62,7 +71,6 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     for value in sweep.values:
         overrides = base[0].overrides | {sweep.key: value}
         arm = Arm(f"{sweep.key}={value}", base[0].preset, overrides, f"{args.method}, {args.key}")
-        section, _, name = sweep.key.partition(".")
         # As the configuration reads it: 0.5 and .5 are one value, "none" may be None.
         values[arm.name] = getattr(getattr(arm.config(), section), name)
         arms.append(arm)
@@ -94,6 +102,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
 def _row(result: dict, method: str, value) -> dict:
     """A run's last evaluation and cost beside its coordinates."""
     kept = ("seed", "learning_rate", "status", "steps", "time_s", "cost", "peak_memory_gib")
+    kept += ("commit", "hardware")
     last = result["evaluations"][-1] if result["evaluations"] else {}
     scores = {key: score for key, score in last.items() if key.startswith("eval/")}
     row = {"method": method, "value": value}

@@ -270,21 +270,21 @@ def _finished_curve(result: dict | None, metric: Metric) -> list[Point]:
     return curve(result["evaluations"], metric.key)
 
 
-def paired_ratios(rows: Sequence[dict], headline: dict[str, str | None]) -> list[dict]:
+def paired_ratios(rows: Sequence[dict]) -> list[dict]:
     """Ratios of a method's time and steps to target to the baseline's of the same seed.
 
     ``time_ratio = steps_ratio * step_time_ratio`` holds for each pair. The median over seeds counts
     a seed that did not reach the target as infinitely slow: leaving it out would make a method
     better by failing. None is "not reached by half of the seeds or more" (``high``: by at least
-    one), or, with ``at_start``, that the baseline has nothing to reach: it starts at its target.
+    one), or, where ``at_start`` is ``pairs``, that the baseline has nothing to reach: it starts at
+    its target. Seeds where it does are in no ratio and no count but ``pairs`` and ``at_start``.
 
     Args:
         rows: of ``convergence_rows``.
-        headline: metric to the better baseline.
     Returns:
         Rows with ``method``, ``baseline``, ``metric``, ``target``, ``time_ratio``, ``low``,
         ``high``, ``steps_ratio``, ``step_time_ratio``, ``mlm_loss``, ``baseline_mlm_loss``,
-        ``pairs``, ``reached``, ``held``, ``at_start``, ``headline``.
+        ``pairs``, ``reached``, ``held``, ``at_start``, ``headline`` (``least_gains``).
     """
     by_key = {(r["method"], r["seed"], r["metric"], r["baseline"]): r for r in rows}
     groups: dict[tuple, list[tuple[dict, dict]]] = {}
@@ -297,6 +297,7 @@ def paired_ratios(rows: Sequence[dict], headline: dict[str, str | None]) -> list
     for (metric, baseline, method), pairs in groups.items():
         ratios = [_pair(row, own) for row, own in pairs]
         usable = [ratio for ratio in ratios if ratio is not None]
+        counted = [row for (row, _), ratio in zip(pairs, ratios, strict=True) if ratio is not None]
         times = [ratio[0] for ratio in usable]
         found.append(
             {
@@ -314,12 +315,33 @@ def paired_ratios(rows: Sequence[dict], headline: dict[str, str | None]) -> list
                     [own["mlm_loss"] for _, own in pairs if own["mlm_loss"] is not None]
                 ),
                 "pairs": len(pairs),
-                "reached": sum(row["reached"] for row, _ in pairs),
-                "held": sum(bool(row["held"]) for row, _ in pairs),
+                "reached": sum(row["reached"] for row in counted),
+                "held": sum(bool(row["held"]) for row in counted),
                 "at_start": sum(ratio is None for ratio in ratios),
-                "headline": headline.get(metric) == baseline,
             }
         )
+    headline = least_gains(found)
+    return [row | {"headline": row is headline[row["method"], row["metric"]]} for row in found]
+
+
+def least_gains(ratios: Sequence[dict]) -> dict[tuple[str, str], dict]:
+    """(method, metric) -> its ratio to the baseline against which it gains least.
+
+    That one is the headline: which baseline is the better one, by facts, by text or by the time it
+    takes, is then nobody's choice. One that is not reached is the least gain of all; a method's
+    ratio to itself, and to a baseline with nothing to reach, count where there is no other.
+    """
+
+    def rank(row: dict) -> tuple:
+        empty = row["at_start"] == row["pairs"]
+        time_ratio = math.inf if row["time_ratio"] is None else row["time_ratio"]
+        return row["method"] != row["baseline"], not empty, time_ratio
+
+    found: dict[tuple[str, str], dict] = {}
+    for row in ratios:
+        key = row["method"], row["metric"]
+        if key not in found or rank(row) > rank(found[key]):
+            found[key] = row
     return found
 
 
@@ -348,11 +370,11 @@ def _median(values: Sequence[float]) -> float | None:
 
 def equal_time_rows(
     results: Sequence[dict],
-    headline: dict[str, str | None],
+    baselines: Sequence[str],
     metrics: Sequence[Metric] = METRICS,
     select_by: str = MLM_LOSS,
 ) -> list[dict]:
-    """Every arm's scores at the moment when the same seed's headline baseline ends.
+    """Every arm's scores at the moment when the same seed's better baseline ends.
 
     Of an arm's runs the one that is best by ``select_by`` at that moment speaks for it in every
     score, whether it was over or still under way: what a user would have in hand then, chosen by
@@ -374,8 +396,8 @@ def equal_time_rows(
         return value, run["budget"]
 
     for metric in metrics:
+        baseline = better_baseline(full_runs(results), baselines, metric)
         for (arm, seed), of_arm in runs.items():
-            baseline = headline.get(metric.key)
             reference = _finished_curve(runs.get((baseline, seed), [None])[0], metric)
             curves = [(run, points) for run in of_arm if (points := _finished_curve(run, metric))]
             if not curves or not reference:
