@@ -62,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
                 kind = type(default) if default is not None else int
                 task.add_argument(f"--{flag}", type=kind, default=default, help=text)
         else:
-            task.add_argument("--eval_batches", type=int, default=64, help="heldout: batches")
+            task.add_argument(
+                "--eval_batches", type=int, default=64, help="heldout: of 32 sequences"
+            )
     return parser
 
 

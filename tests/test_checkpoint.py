@@ -1,6 +1,7 @@
 """Checkpoints under damage: what is published is complete, what is loaded has been verified."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -94,6 +95,11 @@ def _first(folder, pattern):
     return sorted(folder.rglob(pattern))[0]
 
 
+def _without_sizes(path):
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"files": {name: {} for name in manifest["files"]}}))
+
+
 DAMAGE = {
     "a flipped bit in a ZeRO shard": lambda f: _flip(_first(f, "*optim_states.pt")),
     "a flipped bit in the memory bank": lambda f: _flip(_first(f, "bank/*")),
@@ -102,6 +108,7 @@ DAMAGE = {
     "a truncated state": lambda f: _first(f, "state.json").write_text("{"),
     "no manifest": lambda f: (f / MANIFEST).unlink(),
     "an unreadable manifest": lambda f: (f / MANIFEST).write_text("[]"),
+    "a manifest without sizes": lambda f: _without_sizes(f / MANIFEST),
     "a file nobody wrote": lambda f: (f / "extra.pt").write_bytes(b"x"),
 }
 
@@ -176,16 +183,55 @@ def save_again(rank, world_size, data_dir, output_dir):
             raise OSError(28, "No space left on device")
         return bank_save(folder)
 
-    trainer.bank.save_shards = full_disk
-    try:
-        trainer.save()
-    except CheckpointError as error:
-        problems.append(str(error))
-    return problems, sorted(p.name for p in leftover.iterdir() if p.is_dir())
+    def full_disk_here(*args, **kwargs):
+        if rank == 1:
+            raise OSError(28, "No space left on device")
+
+    # Where each part of a save writes: DeepSpeed before its barrier, the bank, rank 0's end of it.
+    for owner, name, fails in (
+        (type(trainer.engine.checkpoint_engine), "save", full_disk_here),
+        (trainer.bank, "save_shards", full_disk),
+        (trainer.checkpoints, "_publish", lambda *args: os.stat("/no/such/file")),
+    ):
+        intact = vars(owner).get(name)
+        setattr(owner, name, fails)
+        try:
+            trainer.save()
+        except CheckpointError as error:
+            problems.append(str(error))
+        if intact is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, intact)
+    folders = sorted(p.name for p in leftover.iterdir() if p.is_dir())
+    saved = trainer.save().stat().st_ino
+    # Stopped before the first new step: the checkpoint it came from is not written again.
+    resumed = make_trainer(
+        data_dir, output_dir, train__max_steps=2, train__resume_from_checkpoint="latest"
+    )
+    return problems, folders, resumed.save().stat().st_ino == saved
 
 
 def test_leftovers_are_replaced_and_a_failed_save_leaves_the_last_one(runs, tmp_path):
-    for problems, folders in run_ranks(save_again, 2, runs[0] / "data", tmp_path / "run"):
-        assert len(problems) == 1 and "rank 1" in problems[0] and "No space" in problems[0]
+    results = run_ranks(save_again, 2, runs[0] / "data", tmp_path / "run")
+    for problems, folders, is_kept in results:
+        assert is_kept
+        assert len(problems) == 3 and all("was not written" in problem for problem in problems)
+        assert ["rank 1" in problem for problem in problems] == [True, True, False]
+        assert ["No space" in problem for problem in problems] == [True, True, False]
         assert folders == ["step_00000002"]
-    assert checkpointer(tmp_path / "run").find("latest").name == "step_00000002"
+    assert checkpointer(tmp_path / "run").find("latest").name == "step_00000003"
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(run_dir, monkeypatch):
+    import trelm_ds.checkpoint as checkpoint
+
+    whole = checkpoint.file_sha256
+
+    def bad_sector(path):
+        if "step_00000004" in str(path) and path.name.startswith("rng"):
+            raise OSError(5, "Input/output error")
+        return whole(path)
+
+    monkeypatch.setattr(checkpoint, "file_sha256", bad_sector)
+    assert checkpointer(run_dir).find("latest").name == "step_00000002"

@@ -124,6 +124,20 @@ def test_deepspeed_conflicts_are_listed_in_one_error():
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"checkpoint": {"writer": {"type": "fast"}}}, "checkpoint.writer is not supported"),
+        ({"datastates_ckpt": {}}, "datastates_ckpt is not supported"),
+        ({"zero_optimization": 2}, "zero_optimization is not a JSON object"),
+        ({"bf16": True}, "bf16 is not a JSON object"),
+    ],
+)
+def test_what_would_write_behind_a_checkpoints_back_is_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        resolve_deepspeed_config(given, load_config("trelm"), 1, bf16=False)
+
+
 def test_a_missing_or_broken_deepspeed_file_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         read_deepspeed_config(tmp_path / "no.json")

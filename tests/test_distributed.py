@@ -2,7 +2,7 @@
 
 import pytest
 
-from trelm_ds.distributed import first_host, get_world
+from trelm_ds.distributed import first_host, get_world, timeout
 from trelm_ds.errors import ConfigError
 
 
@@ -52,3 +52,11 @@ def test_bad_variables_are_errors():
         get_world({"RANK": "x", "WORLD_SIZE": "2"})
     with pytest.raises(ConfigError, match="not below"):
         get_world({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+def test_the_timeout_is_in_minutes():
+    assert timeout({}).total_seconds() == 1800
+    assert timeout({"DEEPSPEED_TIMEOUT": "0.5"}).total_seconds() == 30
+    for text in ("soon", "0", "-1", "inf", "nan"):
+        with pytest.raises(ConfigError, match="DEEPSPEED_TIMEOUT"):
+            timeout({"DEEPSPEED_TIMEOUT": text})

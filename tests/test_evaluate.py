@@ -8,7 +8,7 @@ from collections import defaultdict
 import pytest
 import torch
 from multiprocess import run_ranks
-from tiny_corpus import write_tiny_corpus
+from tiny_corpus import byte_level_tokenizer, write_tiny_corpus
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from trelm_ds.config import load_config
@@ -207,7 +207,7 @@ def test_bad_probe_lines_name_file_and_line(data, tmp_path, text, problem):
 
 
 def test_byte_level_answers_depend_on_the_space_before_them(tmp_path):
-    tokenizer = _byte_level_tokenizer(tmp_path / "tokenizer")
+    tokenizer = byte_level_tokenizer(tmp_path / "tokenizer")
     vocabulary = tokenizer.get_vocab()
     assert single_tokens(tokenizer, ["ab", "zz"], True) == [vocabulary["Ġab"], -1]
     assert single_tokens(tokenizer, ["ab", "zz"], False) == [vocabulary["ab"], -1]
@@ -230,28 +230,6 @@ def test_byte_level_answers_depend_on_the_space_before_them(tmp_path):
         "Ġab",
         "</s>",
     ]
-
-
-def _byte_level_tokenizer(folder):
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-
-    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "c", "d", "Ġ", "(", ")"]
-    words += ["ab", "cd", "Ġab", "Ġcd"]
-    merges = [("a", "b"), ("c", "d"), ("Ġ", "ab"), ("Ġ", "cd")]
-    bpe = models.BPE({w: i for i, w in enumerate(words)}, merges, unk_token="<unk>")
-    tokenizer = Tokenizer(bpe)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.RobertaProcessing(
-        ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False
-    )
-    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True), *words[:4]])
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"pad": "<pad>", "unk": "<unk>", "mask": "<mask>", "cls": "<s>", "sep": "</s>"}
-    settings = {f"{k}_token": v for k, v in names.items()}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return load_tokenizer(folder)
 
 
 # -- held-out loss ------------------------------------------------------------------------------
@@ -313,7 +291,7 @@ def test_ranks_share_the_work_and_agree(model, hf_folder, data):
     alone |= evaluate_probes(model, load_probes(data, model), "cpu")
     for values, _, _ in results:
         assert values == pytest.approx(alone)
-    assert [batches for _, batches, _ in results] == [2, 1]  # 3 batches of the split
+    assert [batches for _, batches, _ in results] == [3, 3]  # 21 sequences, 4 at a time
     assert results[0][2] == results[1][2]  # forwards are collectives under ZeRO-3
 
 

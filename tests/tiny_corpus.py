@@ -16,6 +16,7 @@ import numpy as np
 
 from trelm_ds.data.schema import Sample
 from trelm_ds.data.shards import ShardSetWriter, write_manifest
+from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.knowledge.graph import NAME_TOKENS, save_graph, save_tables
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -271,3 +272,26 @@ def _write_probes(folder, facts, kept_out, entity_names, frequency) -> None:
         (folder / f"{relation}.jsonl").write_text("\n".join(lines) + "\n")
     singles = [name for name in entity_names if " " not in name]
     (folder / "candidates.txt").write_text("\n".join(singles) + "\n")
+
+
+def byte_level_tokenizer(folder: Path):
+    """A small byte-level BPE tokenizer in RoBERTa's form, saved to ``folder`` and loaded."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "c", "d", "Ġ", "(", ")"]
+    words += ["ab", "cd", "Ġab", "Ġcd"]
+    merges = [("a", "b"), ("c", "d"), ("Ġ", "ab"), ("Ġ", "cd")]
+    bpe = models.BPE({w: i for i, w in enumerate(words)}, merges, unk_token="<unk>")
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False
+    )
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True), *words[:4]])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"pad": "<pad>", "unk": "<unk>", "mask": "<mask>", "cls": "<s>", "sep": "</s>"}
+    settings = {f"{k}_token": v for k, v in names.items()}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(folder)

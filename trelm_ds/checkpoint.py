@@ -10,7 +10,6 @@ nothing is loaded before the manifest of a run's own folder has been verified.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from trelm_ds.distributed import World, barrier, gather_objects
 from trelm_ds.errors import CheckpointError
+from trelm_ds.files import file_sha256, fsync, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -57,37 +57,49 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _payload_files(folder: Path) -> list[str]:
     return sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
         if path.is_file() and path.name != MANIFEST
     )
+
+
+def _hash_files(folder: Path, names: list[str]) -> dict[str, dict]:
+    """Size and SHA-256 of files that are then on the disk."""
+    found = {}
+    for name in names:
+        path = folder / name
+        fsync(path)
+        found[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return found
+
+
+@contextlib.contextmanager
+def _late_errors(writer):
+    """Lets DeepSpeed finish its save when a write fails, and raises the error then.
+
+    ``engine.save_checkpoint`` ends in a barrier. A rank whose disk is full would leave the others
+    there until the timeout, and the job would end without a word about the disk.
+
+    Args:
+        writer: ``engine.checkpoint_engine``, whose ``save`` writes one file.
+    """
+    save, errors = writer.save, []
+
+    def save_or_note(*args, **kwargs):
+        try:
+            return save(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            errors.append(error)
+
+    writer.save = save_or_note
+    try:
+        yield
+    finally:
+        del writer.save  # the class's again
+    if errors:
+        raise errors[0]
 
 
 def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -152,14 +164,14 @@ class Checkpointer:
         """
         name = checkpoint_name(state.step)
         final, temporary = self.folder / name, self.folder / f"{TEMPORARY}{name}"
-        if self._world.is_main:
-            for left in self.folder.glob(f"{TEMPORARY}*"):  # of saves that were killed
-                shutil.rmtree(left, ignore_errors=True)
-            (temporary / "bank").mkdir(parents=True)
-        barrier(self._group)
-        problem = None
-        try:
-            engine.save_checkpoint(str(self.folder), tag=temporary.name, save_latest=False)
+        with self._all_or_none(name, temporary):
+            if self._world.is_main:
+                for left in self.folder.glob(f"{TEMPORARY}*"):  # of saves that were killed
+                    shutil.rmtree(left, ignore_errors=True)
+                (temporary / "bank").mkdir(parents=True)
+        with self._all_or_none(name, temporary):
+            with _late_errors(engine.checkpoint_engine):
+                engine.save_checkpoint(str(self.folder), tag=temporary.name, save_latest=False)
             if bank is not None:
                 bank.save_shards(temporary / "bank")
             rng = temporary / f"rng_{self._world.rank:05d}.safetensors"
@@ -168,6 +180,27 @@ class Checkpointer:
                 self._write_main(temporary, state, engine, routing_state, extras)
                 if sampling_state is not None:
                     save_file(sampling_state, str(temporary / "sampling.safetensors"))
+        hashes = {}
+        listings = gather_objects(_payload_files(temporary), self._group)
+        # Of all ranks: a shared file system may show a rank another one's files a moment later.
+        names = sorted(set().union(*listings))
+        with self._all_or_none(name, temporary):
+            hashes = _hash_files(temporary, names[self._world.rank :: self._world.size])
+        parts = gather_objects(hashes, self._group)
+        with self._all_or_none(name, temporary):
+            if self._world.is_main:
+                self._publish(temporary, final, {k: v for part in parts for k, v in part.items()})
+        return final
+
+    @contextlib.contextmanager
+    def _all_or_none(self, name: str, temporary: Path):
+        """A part of a save: where it fails on one rank it fails on all, and nothing is left of it.
+
+        A rank that raised alone would leave the others waiting for it in their next collective.
+        """
+        problem = None
+        try:
+            yield
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError
             problem = f"{type(error).__name__}: {error}"
         if problem := _agree(problem, self._group):
@@ -175,11 +208,6 @@ class Checkpointer:
                 shutil.rmtree(temporary, ignore_errors=True)
             barrier(self._group)
             raise CheckpointError(f"checkpoint {name} was not written: {problem}")
-        hashes = self._hash_files(temporary)
-        if self._world.is_main:
-            self._publish(temporary, final, hashes)
-        barrier(self._group)
-        return final
 
     def _write_main(self, folder, state, engine, routing_state, extras) -> None:
         save_file(routing_state, str(folder / "routing.safetensors"))
@@ -199,28 +227,16 @@ class Checkpointer:
             else:
                 target.write_text(content)
 
-    def _hash_files(self, folder: Path) -> dict[str, dict]:
-        """Size and SHA-256 of every file, the work shared by the ranks."""
-        names = _payload_files(folder)
-        mine = {}
-        for name in names[self._world.rank :: self._world.size]:
-            path = folder / name
-            _fsync(path)
-            mine[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        merged = {}
-        for part in gather_objects(mine, self._group):
-            merged.update(part)
-        return merged
-
     def _publish(self, temporary: Path, final: Path, hashes: dict) -> None:
         manifest = {"format": FORMAT, "files": dict(sorted(hashes.items()))}
-        _replace_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        _fsync(temporary)
-        if final.exists():  # left by an earlier try at the same step
+        write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+            fsync(folder)
+        if final.exists():  # never the one to resume from: that one's step is not saved again
             shutil.rmtree(final)
         os.replace(temporary, final)
-        _fsync(self.folder)
-        _replace_text(self.folder / LATEST, final.name + "\n")
+        fsync(self.folder)
+        write_text(self.folder / LATEST, final.name + "\n")
         for old in self._published(but=final)[self._limit - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -268,6 +284,8 @@ class Checkpointer:
             problem = check_files(folder, manifest, self._world.rank, self._world.size)
         except CheckpointError as error:
             problem = str(error)
+        except OSError as error:  # a bad sector, a stale handle: an older one may be readable
+            problem = f"{folder} cannot be read: {error}"
         return _agree(problem, self._group)
 
     def restore(self, folder: Path, engine, bank, routing, sampling=None) -> TrainState:
@@ -307,6 +325,7 @@ class Checkpointer:
                     aside = later.with_name(f"abandoned-{later.name}")
                     shutil.rmtree(aside, ignore_errors=True)
                     os.replace(later, aside)
+            write_text(self.folder / LATEST, folder.name + "\n")
         barrier(self._group)
 
     def _check_identity(self, folder: Path, document: dict, engine) -> None:
@@ -332,6 +351,7 @@ def read_manifest(folder: Path) -> dict:
 
     Raises:
         CheckpointError: no manifest, or not one of this format: nothing in it may be loaded.
+        OSError: it cannot be read.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -341,6 +361,9 @@ def read_manifest(folder: Path) -> dict:
         files = manifest["files"]
         if manifest["format"] != FORMAT or not isinstance(files, dict) or STATE not in files:
             raise KeyError
+        for entry in files.values():
+            if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
+                raise TypeError
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise CheckpointError(f"{path}: not a manifest of format {FORMAT}") from None
     return manifest

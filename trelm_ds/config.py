@@ -332,7 +332,7 @@ class TrainConfig:
     bf16: bool | None = None  # None: where the accelerator is a GPU that has it
     logging_steps: int = 50
     eval_steps: int = 400  # 0: only at the start and the end
-    eval_batches: int = 16  # held-out micro-batches per evaluation
+    eval_batches: int = 16  # of 32 held-out sequences, per evaluation
     eval_probes: int | None = None  # facts asked per evaluation, evenly spaced; None: all
     save_steps: int = 800  # 0: only at the end
     save_total_limit: int = 2
@@ -389,6 +389,11 @@ class Config:
             "sampling.form knowledge_state measures masked mentions: it needs "
             "data.mention_mask_probability or sampling.knowledge_rows above 0",
         )
+
+    @property
+    def uses_mentions(self) -> bool:
+        """Whether anything is done with entity mentions; plain MLM looks none up."""
+        return self.injection.form != "none" or self.memory.enabled or self.decoding.enabled
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

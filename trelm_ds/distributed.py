@@ -10,6 +10,7 @@ import os
 import re
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -88,11 +89,40 @@ def is_initialised() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+DEFAULT_TIMEOUT_MINUTES = 30  # a rank that stops answering ends the job after this
+
+
+def timeout(env: dict | None = None) -> timedelta:
+    """How long a collective waits for a rank: ``DEEPSPEED_TIMEOUT`` minutes, or 30.
+
+    Raises:
+        ConfigError: the variable is not a positive number.
+    """
+    text = (os.environ if env is None else env).get("DEEPSPEED_TIMEOUT")
+    try:
+        minutes = DEFAULT_TIMEOUT_MINUTES if text is None else float(text)
+        if not 0 < minutes < float("inf"):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(
+            f"environment variable DEEPSPEED_TIMEOUT={text!r} is not a number of minutes"
+        ) from None
+    return timedelta(minutes=minutes)
+
+
+def new_group(backend: str | None = None):
+    """A process group of all ranks with an order of its own; None for a single process.
+
+    With this module's timeout: a new group has its backend's default otherwise, not the job's.
+    """
+    if not is_initialised() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend=backend, timeout=timeout())
+
+
 def cpu_group():
     """A gloo group for small host-side collectives: no device synchronisation, own order."""
-    return (
-        dist.new_group(backend="gloo") if is_initialised() and dist.get_world_size() > 1 else None
-    )
+    return new_group("gloo")
 
 
 def gather_vector(values: list[float], group=None) -> torch.Tensor:

@@ -8,19 +8,16 @@ import json
 import logging
 import os
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from trelm_ds.config import Config
-from trelm_ds.distributed import World
+from trelm_ds.distributed import World, timeout
 from trelm_ds.errors import ConfigError, one_line
 from trelm_ds.gradient_checks import batch_gradient_checks
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_TIMEOUT_MINUTES = 30  # a rank that stops answering ends the job after this
 
 
 def read_deepspeed_config(path: str | Path) -> dict:
@@ -42,7 +39,8 @@ def read_deepspeed_config(path: str | Path) -> dict:
 
 
 def zero_stage(ds_config: dict) -> int:
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    section = ds_config.get("zero_optimization", {})
+    stage = section.get("stage", 0) if isinstance(section, dict) else section
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_optimization.stage: {stage!r} is not 0, 1, 2 or 3")
     return stage
@@ -62,6 +60,9 @@ def resolve_deepspeed_config(ds_config: dict, config: Config, world_size: int, b
             part of DeepSpeed that the trainer does itself (optimizer, scheduler, fp16).
     """
     resolved = copy.deepcopy(ds_config)
+    for key in ("zero_optimization", "bf16", "fp16", "checkpoint"):
+        if not isinstance(resolved.get(key, {}), dict):
+            raise ConfigError(f"the DeepSpeed configuration's {key} is not a JSON object")
     train = config.train
     micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
     wanted = {
@@ -82,6 +83,13 @@ def resolve_deepspeed_config(ds_config: dict, config: Config, world_size: int, b
     section["enabled"] = bf16
     if resolved.get("fp16", {}).get("enabled"):
         problems.append("fp16 is not supported: use bf16")
+    checkpoint = resolved.get("checkpoint", {})
+    if checkpoint.get("writer") is not None:
+        problems.append(
+            "checkpoint.writer is not supported: a checkpoint is published when written"
+        )
+    if resolved.get("datastates_ckpt", False) is not False:
+        problems.append("datastates_ckpt is not supported: checkpoints are written before they end")
     for part in ("optimizer", "scheduler"):
         if part in resolved:
             problems.append(f"{part} belongs to the run's configuration (train.*): remove it")
@@ -177,7 +185,7 @@ def init_distributed(world: World, device: torch.device) -> None:
     quiet_deepspeed(device)
     import deepspeed
 
-    minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", DEFAULT_TIMEOUT_MINUTES))
+    limit = timeout()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
@@ -185,7 +193,7 @@ def init_distributed(world: World, device: torch.device) -> None:
             dist_backend="nccl" if device.type == "cuda" else "gloo",
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=timedelta(minutes=minutes),
+            timeout=limit,
             rank=world.rank,
             world_size=world.size,
         )

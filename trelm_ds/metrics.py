@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections import defaultdict, deque
 from pathlib import Path
 
 import torch
+
+from trelm_ds.files import whole_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +156,7 @@ class MetricLog:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self._path)
+        write_text(self._path, "".join(kept))
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
         if not self._enabled:
@@ -239,7 +238,6 @@ def plot_curves(metrics_path: str | Path, png_path: str | Path, title: str) -> N
             axis.legend()
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
-    temporary = Path(png_path).with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
+    with whole_file(png_path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
-    os.replace(temporary, png_path)

@@ -632,16 +632,25 @@ class TrelmModel(MaskedLanguageModel):
         """Where local memory starts: the mean embedding of each key's name tokens.
 
         Args:
-            tables: ``KnowledgeTables``: entity names as token ids; long-tail words as strings.
+            tables: ``KnowledgeTables``: entity names as token ids; long-tail words as tokens.
         Returns:
             A function of keys int64 [n] on the CPU to float32 [n, hidden].
+        Raises:
+            DataError: a long-tail word is no token of the folder's tokenizer.
         """
 
-        words = [" " + word for word, _ in tables.long_tail_words]  # as they stand in a text
-        word_ids = []
+        words = [word for word, _ in tables.long_tail_words]
+        word_ids = np.zeros(0, dtype=np.int64)
         if words:
-            tokenizer = load_tokenizer(tables.folder / "tokenizer")
-            word_ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+            # As tokens and not as text: `Ġparis` is one token, and its letters are others.
+            vocabulary = load_tokenizer(tables.folder / "tokenizer").get_vocab()
+            unknown = next((word for word in words if word not in vocabulary), None)
+            if unknown is not None:
+                raise DataError(
+                    f"{tables.folder}/tables/long_tail_words.tsv: {unknown!r} is no token of the "
+                    "folder's tokenizer"
+                )
+            word_ids = np.array([vocabulary[word] for word in words])
 
         @torch.no_grad()
         def rows(keys: torch.Tensor) -> torch.Tensor:
@@ -649,9 +658,7 @@ class TrelmModel(MaskedLanguageModel):
             word = keys - tables.num_entities
             token_ids = np.full((len(keys), tables.entity_names.shape[1]), -1, dtype=np.int64)
             token_ids[word < 0] = tables.entity_names[keys[word < 0]]
-            for i in np.flatnonzero(word >= 0):
-                name = word_ids[word[i]][: token_ids.shape[1]]
-                token_ids[i, : len(name)] = name
+            token_ids[word >= 0, 0] = word_ids[word[word >= 0]]
             ids = torch.from_numpy(token_ids).to(self.word_embeddings.weight.device)
             return masked_mean(self.word_embeddings(ids.clamp(min=0)).float(), ids >= 0)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 from trelm_ds.arguments import parse_arguments
@@ -16,6 +18,8 @@ from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, Tre
 logger = logging.getLogger(__name__)
 
 SAMPLE_DIR = "outputs/sample_data"
+LOCK_WAIT_S = 30.0
+_held_locks: list = []  # open files: a lock lasts as long as its file
 DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 2}}
 
 
@@ -38,7 +42,7 @@ def setup_logging(world: World, output_dir: Path | None = None) -> None:
 
 
 def choose_output_dir(config: Config) -> Path:
-    """The run's folder; without ``--output_dir`` the first free ``outputs/METHOD[-N]``.
+    """The run's folder; without ``--output_dir`` the first free ``outputs/METHOD[-N]``, made here.
 
     Raises:
         ConfigError: the folder holds another run's checkpoints and nothing was said about resuming.
@@ -48,10 +52,13 @@ def choose_output_dir(config: Config) -> Path:
         if train.resume_from_checkpoint == "latest":
             raise ConfigError("--resume_from_checkpoint latest needs --output_dir")
         path, number = Path("outputs") / config.method, 1
-        while path.exists():
-            number += 1
-            path = Path("outputs") / f"{config.method}-{number}"
-        return path
+        while True:
+            try:
+                path.mkdir(parents=True)  # made at once: a run that starts now takes the next one
+                return path
+            except FileExistsError:
+                number += 1
+                path = Path("outputs") / f"{config.method}-{number}"
     path = Path(train.output_dir)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--output_dir {path} is a file")
@@ -61,6 +68,35 @@ def choose_output_dir(config: Config) -> Path:
             "--resume_from_checkpoint latest, or choose another --output_dir"
         )
     return path
+
+
+def _lock(output: Path) -> None:
+    """Keeps the run's folder for this job until rank 0 ends, however it ends.
+
+    Two jobs in one folder would delete each other's half-written checkpoints. A job that was
+    requeued may find the lock of the one it replaces for a moment: the file system hears later.
+
+    Raises:
+        ConfigError: another job has it.
+    """
+    file = (output / ".lock").open("a")
+    until = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                file.close()
+                raise ConfigError(
+                    f"{output} is in use by another run: choose another --output_dir, or wait"
+                ) from None
+            time.sleep(0.2)
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): start one run at a time there", output, error)
+            return
+        else:
+            _held_locks.append(file)
+            return
 
 
 def ensure_sample(data_dir: Path) -> None:
@@ -87,8 +123,9 @@ def _prepare_folders(config: Config, world: World) -> None:
                     f"--data_dir {data}: no manifest.json there; write it with launch/prepare.py"
                 )
             output.mkdir(parents=True, exist_ok=True)
+            _lock(output)
             choice = (str(output), str(data))
-        except TrelmError as error:
+        except (TrelmError, OSError) as error:
             problem = error
     choice, problem = gather_objects((choice, problem))[0]
     if problem is not None:
@@ -219,6 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         logger.exception("rank %s failed", os.environ.get("RANK", "0"))
         code = 1
+    while _held_locks:
+        _held_locks.pop().close()
     sys.stdout.flush()
     sys.stderr.flush()
     logging.shutdown()

@@ -6,9 +6,11 @@ import logging
 from pathlib import Path
 
 from trelm_ds.config import Config
+from trelm_ds.data.tokenizer import tokenizer_digest
 from trelm_ds.distributed import gather_objects
 from trelm_ds.errors import DataError
 from trelm_ds.knowledge.entity_samples import EntitySamples, index_entity_samples, is_indexed
+from trelm_ds.knowledge.graph import graph_digest, tables_digest
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +23,9 @@ def ensure_importance(model, config: Config, data_dir: Path, manifest: dict, wor
     Raises:
         DataError: the corpus is too large to be scored on the way; names the command that does.
     """
-    # Every selection needs the scores: they rank the mentions under the cap.
-    needed = config.injection.form != "none" or config.memory.enabled or config.decoding.enabled
     path = data_dir / "tables" / "importance.json"  # written by scoring, and only then
-    if not needed or gather_objects(path.exists(), group)[0]:
+    # Every selection needs the scores: they rank the mentions under the cap.
+    if not config.uses_mentions or gather_objects(path.exists(), group)[0]:
         return
     spans = manifest["splits"]["train"]["spans"]
     if spans > IMPORTANCE_AUTO_LIMIT:
@@ -36,6 +37,37 @@ def ensure_importance(model, config: Config, data_dir: Path, manifest: dict, wor
 
     logger.info("scoring %d mentions with the initial model (Eq. 1), once", spans)
     score_importance(model, data_dir, rank=world.rank, world_size=world.size, group=group)
+
+
+def check_knowledge(data_dir: Path, manifest: dict, world, group) -> str:
+    """sha256 of the tables, which a resumed run has to find as they were.
+
+    Graph and tokenizer are the manifest's, and the tables the same on every machine: one rank of
+    each looks, because its folder may be a copy on its disk.
+
+    Raises:
+        DataError: on every rank, where any machine's files are others.
+    """
+    digest, problem = None, None
+    if world.local_rank == 0:
+        try:
+            for name, found in (
+                ("graph", graph_digest(data_dir)),
+                ("tokenizer", tokenizer_digest(data_dir)),
+            ):
+                if manifest[name]["sha256"] != found:
+                    problem = f"{data_dir}/{name}: not the manifest's (sha256): corrupt or changed"
+            digest = tables_digest(data_dir)
+        except OSError as error:
+            problem = str(error)
+    looked = gather_objects((digest, problem), group)
+    for _, problem in looked:
+        if problem:
+            raise DataError(problem)
+    digests = {digest for digest, _ in looked if digest is not None}
+    if len(digests) > 1:
+        raise DataError(f"{data_dir}/tables: not the same on every machine: copy one to all")
+    return digests.pop()
 
 
 INDEX_AUTO_LIMIT = 2_000_000  # samples that are indexed at start-up without being asked to

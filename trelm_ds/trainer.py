@@ -23,7 +23,7 @@ from trelm_ds.config import Config
 from trelm_ds.data.loader import StepLoader, heldout_batches
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.data.weights import WeightTables
-from trelm_ds.distributed import World, barrier, cpu_group, gather_vector
+from trelm_ds.distributed import World, barrier, cpu_group, gather_vector, new_group
 from trelm_ds.engine import gathered
 from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
 from trelm_ds.export import export_model, last_evaluation
@@ -43,14 +43,15 @@ from trelm_ds.model import Normalizers, TrelmModel, parameter_groups
 from trelm_ds.optim import WHOLE, PathAdamW
 from trelm_ds.routing.controller import RoutingController, refuse_unsupported
 from trelm_ds.schedules import learning_rate, memory_epoch, memory_weight
-from trelm_ds.start_up import ensure_entity_samples, ensure_importance
+from trelm_ds.start_up import check_knowledge, ensure_entity_samples, ensure_importance
 from trelm_ds.stopping import StopRequest
 from trelm_ds.zero_layout import clear_gradients, routed_fragments
 
 logger = logging.getLogger(__name__)
 
 # Keys a resumed run may change: where things are, what is reported, how the work is laid out. The
-# last may change rounding and which dropout is drawn, never what is computed.
+# last may change rounding and which dropout is drawn; where another split of the global batch
+# changes more than that, the run says so (``_warn_of_another_split``).
 FREE_ON_RESUME = {
     *("data.data_dir", "data.num_workers", "model.model_name_or_path", "model.attn_implementation"),
     *("model.gradient_checkpointing", "model.unpad", "memory.device", "memory.max_gib"),
@@ -136,6 +137,7 @@ class Trainer:
         self.model.to(device)
         ensure_importance(self.model, config, self.data_dir, self.manifest, world, self.control)
         self.tables = KnowledgeTables.load(self.data_dir)
+        self._tables_digest = check_knowledge(self.data_dir, self.manifest, world, self.control)
         weights = None
         if config.sampling.form == "knowledge_state":
             weights = WeightTables(
@@ -187,7 +189,7 @@ class Trainer:
             self.model.routing_context,
             total_steps=config.train.max_steps,
             seed=config.train.seed,
-            process_group=self._new_group(),
+            process_group=new_group(),  # path scores travel in an order of their own
             truncation=self.model.truncation,
         )
         train = config.train
@@ -240,10 +242,6 @@ class Trainer:
         named += [(p, layer, WHOLE) for p, layer in cut if id(p) not in listed]
         return [entry for entry in named if entry[0].requires_grad]
 
-    def _new_group(self):
-        """Path scores travel on a group of their own, in an order of their own."""
-        return torch.distributed.new_group() if self.world.size > 1 else None
-
     def _build_bank(self) -> MemoryBank | None:
         if not self.config.memory.enabled:
             return None
@@ -259,7 +257,7 @@ class Trainer:
             self.loader.num_keys,
             self.model.hidden_size,
             self.config.memory,
-            process_group=self.control if on_cpu else self._new_group(),
+            process_group=self.control if on_cpu else new_group(),
             device=torch.device("cpu") if on_cpu else self.device,
             control=self.control,
         )
@@ -280,6 +278,8 @@ class Trainer:
         shape += ("num_hidden_layers", "num_attention_heads", "hidden_dropout_prob")
         return {
             "dataset_id": self.manifest["dataset_id"],
+            # Scores and vectors can be made anew in the folder: who is injected, and with what.
+            "tables": self._tables_digest if self.config.uses_mentions else None,
             "global_batch": self.loader.global_batch,
             "backbone": {key: getattr(backbone, key) for key in shape},
             **flat,
@@ -296,6 +296,9 @@ class Trainer:
                 found, self.engine, self.bank, self.routing, self.sampling
             )
             logger.info("resumed from %s at step %d", found, self.state.step)
+            self._warn_of_another_split(found)
+            if found.resolve().parent == self.checkpoints.folder.resolve():
+                self._saved = self.state.step  # a stop before the next step writes nothing again
         elif which:
             logger.info("no checkpoint in %s yet: starting from step 0", self.checkpoints.folder)
         if self.hard_negatives is not None:
@@ -308,6 +311,26 @@ class Trainer:
             resume_step=self.state.step if found else -1,  # a start from scratch keeps no line
             monitor=getattr(self.engine, "monitor", None),
         )
+
+    def _warn_of_another_split(self, checkpoint: Path) -> None:
+        """Losses are global means, the same for any split of the global batch, but for these."""
+        config = self.config
+        by_micro_batch = {
+            "the candidates of entity decoding": config.decoding.enabled
+            and config.decoding.entity_weight > 0,
+            "the paths of in_backward": config.routing.form == "in_backward",
+        }
+        reasons = [what for what, used in by_micro_batch.items() if used]
+        saved = json.loads((checkpoint / "config.json").read_text())["train"]
+        keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        changed = [key for key in keys if saved[key] != getattr(config.train, key)]
+        if reasons and changed and self.world.is_main:
+            logger.warning(
+                "%s differ from the checkpoint's: %s are taken from a micro-batch, so the run does "
+                "not go on as it would have",
+                " and ".join(changed),
+                " and ".join(reasons),
+            )
 
     @property
     def done(self) -> bool:

@@ -281,7 +281,7 @@ def test_a_killed_loader_process_is_an_error(corpus, graph, tables, configure):
 # --- held-out data --------------------------------------------------------------------------
 
 
-def test_heldout_batches_are_fixed(corpus, graph, tables, configure):
+def test_heldout_batches_are_fixed(corpus, graph, tables, configure, monkeypatch):
     def batches(rank=0, world=1, **changes):
         config = configure(
             **{"train__per_device_train_batch_size": 5, "data__pad_to_multiple_of": 1} | changes
@@ -308,8 +308,12 @@ def test_heldout_batches_are_fixed(corpus, graph, tables, configure):
     shares = [batches(rank, 3) for rank in range(3)]
     assert [len(s) for s in shares] == [2, 2, 1]
     assert sequences(itertools.chain(*shares)) == content
+    monkeypatch.setattr("trelm_ds.data.loader.HELDOUT_BATCH", 5)
     assert [len(b.input_ids) for b in batches(train__eval_batches=2)] == [5, 5]
     assert batches(rank=2, world=3, train__eval_batches=2) == []
+    # As many whatever the run's batch is.
+    smaller = batches(train__eval_batches=2, train__per_device_train_batch_size=2)
+    assert [len(b.input_ids) for b in smaller] == [2] * 5
 
 
 # --- what is refused ------------------------------------------------------------------------

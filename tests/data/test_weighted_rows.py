@@ -216,6 +216,20 @@ def test_no_split_of_the_global_batch_and_no_loader_process_changes_a_row(
         assert ids_of[tuple(expected[position][0])] == draw(position, weights)
 
 
+def test_a_pass_over_the_data_counts_texts_in_natural_order_alone(
+    corpus, graph, tables, samples, configure
+):
+    config = configure(
+        train__per_device_train_batch_size=16,
+        sampling__form="static",
+        sampling__natural_share=0.75,
+        sampling__knowledge_rows=0.25,
+    )
+    made = loader(corpus, graph, tables, config, entity_samples=samples)
+    assert made.epochs(32) == 32 * 16 * 0.75 * 0.75 / made.num_samples == 3.0
+    assert [made.epoch_of_step(step) for step in (10, 11, 21, 22)] == [0, 1, 1, 2]
+
+
 # --- versions ---------------------------------------------------------------------------------
 
 

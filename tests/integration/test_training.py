@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from integration.runs import NO_DROPOUT, digest, full_parameters, losses, make_trainer
@@ -400,11 +401,12 @@ def go_back(rank, world_size, data_dir, output_dir):
     older = str(output_dir / "checkpoints" / "step_00000002")
     trainer = make_trainer(data_dir, output_dir, train__resume_from_checkpoint=older, **settings)
     assert trainer.state.step == 2
-    return trainer.checkpoints.find("latest").name
+    named = (output_dir / "checkpoints" / "LATEST").read_text().strip()
+    return trainer.checkpoints.find("latest").name, named
 
 
 def test_the_branch_a_run_has_left_is_set_aside(one_rank):
-    assert one_rank["branch"] == "step_00000002"
+    assert one_rank["branch"] == ("step_00000002", "step_00000002")
 
 
 def refuse_foreign(rank, world_size, data_dir, output_dir):
@@ -425,11 +427,25 @@ def refuse_foreign(rank, world_size, data_dir, output_dir):
             )
         except CheckpointError as error:
             messages.append(str(error))
+    # Mentions scored anew in between: others would be injected from here on.
+    shutil.copytree(data_dir, output_dir / "data")
+    table = output_dir / "data" / "tables" / "importance.npy"
+    np.save(table, np.load(table)[::-1])
+    try:
+        make_trainer(
+            output_dir / "data",
+            output_dir / "a",
+            train__max_steps=1,
+            train__resume_from_checkpoint="latest",
+        )
+    except CheckpointError as error:
+        messages.append(str(error))
     return messages
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_each_difference(one_rank):
-    seed, zero, method = one_rank["foreign"]
+    seed, zero, method, tables = one_rank["foreign"]
+    assert "tables was" in tables and "train.seed" not in tables
     assert "train.seed was 42 and is 7" in seed
     assert "zero_stage was 2 and is 1" in zero
     assert "memory.enabled was True and is False" in method and "routing.form was" in method

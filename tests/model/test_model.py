@@ -1,7 +1,9 @@
 """The composed model: input mixing, losses, gradients, both architectures, empty batches."""
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from entity_names import entity_tokens
@@ -21,6 +23,7 @@ from model.model_batches import (
     make_tables,
     sample_batch_without,
 )
+from tiny_corpus import byte_level_tokenizer
 
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.model import (
@@ -543,6 +546,24 @@ def test_build_and_train_one_real_batch(tmp_path):
     expected = torch.stack([table[words[w]] for w in corpus.entity_names[3].split()]).mean(0)
     torch.testing.assert_close(rows[0], expected.detach())
     torch.testing.assert_close(rows[1], table[words["rareword0"]].detach())
+
+
+def test_a_long_tail_word_starts_at_its_own_token_also_in_a_byte_level_vocabulary(tmp_path):
+    vocabulary = byte_level_tokenizer(tmp_path / "tokenizer").get_vocab()
+    backbone = build_backbone(make_config(), VOCAB, PAD)
+    model = TrelmModel(backbone, make_config(), make_tables(), RELATIONS, make_log_q())
+    tables = SimpleNamespace(
+        folder=tmp_path,
+        num_entities=1,
+        entity_names=np.full((1, 8), -1, np.int32),
+        long_tail_words=[("Ġcd", 3), ("cd", 2)],
+    )
+    rows = model.name_embeddings(tables)(torch.tensor([1, 2]))
+    table = model.word_embeddings.weight.detach()
+    assert rows.equal(table[[vocabulary["Ġcd"], vocabulary["cd"]]])
+    tables.long_tail_words = [("Ġcdab", 3)]
+    with pytest.raises(DataError, match="'Ġcdab' is no token"):
+        model.name_embeddings(tables)
 
 
 def test_tables_do_not_reach_the_checkpoint():

@@ -38,6 +38,13 @@ CASES = {
         "routing__truncate_start": 0.0,
         **ROUTED,
     },
+    "path-encoder": {
+        "routing__form": "in_backward",
+        "routing__input_gradient": "path",
+        "injection__form": "encoder",
+        "model__gradient_checkpointing": True,
+        **ROUTED,
+    },
     "routed-encoder": {
         "routing__form": "in_backward",
         "injection__form": "encoder",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from trelm_ds.files import write_text
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;
 color:#222}table{border-collapse:collapse;margin:1em 0;font-size:13px;display:block;overflow-x:auto}
@@ -42,9 +43,7 @@ class Document:
             (path, self.markdown(folder)),
             (folder / "report.html", self.html()),
         ):
-            temporary = target.with_name(f".tmp-{target.name}")
-            temporary.write_text(content, encoding="utf-8")
-            os.replace(temporary, target)
+            write_text(target, content)
         return path
 
     def markdown(self, folder: Path) -> str:

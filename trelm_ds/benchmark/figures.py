@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from trelm_ds.benchmark.targets import Metric, curve
+from trelm_ds.files import whole_file
 
 # `time/*` of metrics.jsonl that follow each other in a step, so that they add up.
 COST_PARTS = ("forward", "backward", "optimizer", "bank", "attribution", "communication")
@@ -23,11 +23,10 @@ def _pyplot():
 
 def _save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.png")
     figure.tight_layout()
-    figure.savefig(temporary, dpi=120)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     _pyplot().close(figure)
-    os.replace(temporary, path)
     return path
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import statistics
 from pathlib import Path
 
 from trelm_ds import environment
 from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.files import write_text
 
 HEADER = ("kind", "commit", "command", "hardware", "versions")
 
@@ -40,10 +40,7 @@ def finite(value):
 
 def write_json(path: str | Path, content: dict) -> None:
     """Writes ``content`` so that a reader sees the old file or the new one, never half of it."""
-    path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(finite(content), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(finite(content), indent=1) + "\n")
 
 
 def write_result(path: str | Path, kind: str, rows: list[dict], **more) -> dict:

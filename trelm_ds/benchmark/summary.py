@@ -16,6 +16,7 @@ from pathlib import Path
 from trelm_ds.benchmark.report import ratio_cell
 from trelm_ds.benchmark.targets import JOINT, METRICS, least_gains
 from trelm_ds.errors import EXIT_DONE, DataError
+from trelm_ds.files import write_text
 from trelm_ds.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
         raise DataError(f"{args.readme}: needs the lines {BEGIN} and {END}, once each")
     before, _, rest = text.partition(BEGIN)
     table = summary_table(args.results, args.readme.parent)
-    content = f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
-    temporary = args.readme.with_name(f".tmp-{args.readme.name}")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, args.readme)
+    write_text(args.readme, f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}")
     logger.info("written  %s", args.readme)
     return EXIT_DONE
 

@@ -51,6 +51,7 @@ _PREFETCHED_MICRO_BATCHES = 4  # per loader process
 # anew each time it is drawn.
 _DRAWN = 1 << 48
 # Not the run's: every run is scored on the same masked positions, whatever it trains on.
+HELDOUT_BATCH = 32  # sequences that `train.eval_batches` counts by
 _HELDOUT_SEED = 0
 _HELDOUT_MLM_PROBABILITY = 0.15
 
@@ -156,6 +157,11 @@ class _MicroBatches(Dataset):
             else:
                 index = self._entity_first(position, weights)
                 yield self._example(position, _DRAWN + position, index)
+
+    def natural_rows(self, rows: int) -> int:
+        """How many of the stream's first rows are texts in natural order."""
+        _, _, text = divide_stream(np.array([rows]), self._knowledge_share)
+        return int(divide_stream(text, self._natural_share)[1][0])
 
     def __getitem__(self, positions: np.ndarray) -> dict | DataError:
         step = int(positions[0]) // self._global_batch
@@ -341,12 +347,13 @@ class StepLoader:
         self._processes: list = []
 
     def epoch_of_step(self, step: int) -> int:
-        """Epoch of the first sample of a step's global batch (q of Eq. 8)."""
-        return step * self.global_batch // self.num_samples
+        """Epoch of the first text of a step's global batch (q of Eq. 8)."""
+        return int(self.epochs(step))
 
     def epochs(self, steps: int) -> float:
-        """Passes over the data that so many steps make."""
-        return steps * self.global_batch / self.num_samples
+        """Passes over the data that so many steps make: of the texts in natural order, neither
+        those drawn by entity nor rows of triples, which know no passes."""
+        return self._dataset.natural_rows(steps * self.global_batch) / self.num_samples
 
     def iterate(self, start_step: int = 0) -> Iterator[list[Batch]]:
         """Yields each step's micro-batches (a list of the accumulation length), without end.
@@ -425,9 +432,10 @@ def heldout_batches(
 ) -> list[Batch]:
     """This rank's share of the fixed batches for the held-out MLM loss.
 
-    The first ``train.eval_batches`` micro-batches of a fixed order of the split, masked the same
-    way in every run: no injection, no memory, no decoding, tokens masked one by one. Batch b
-    belongs to rank b modulo the world size, so the lists may differ in length by one.
+    The first ``train.eval_batches * HELDOUT_BATCH`` sequences of a fixed order of the split, masked
+    the same way in every run, whatever its batch: no injection, no memory, no decoding, tokens
+    masked one by one. They come in micro-batches of the run's size; micro-batch b belongs to rank b
+    modulo the world size, so the lists may differ in length by one.
 
     Raises:
         DataError, ConfigError: as ``StepLoader``.
@@ -444,7 +452,7 @@ def heldout_batches(
         special, config.data.pad_to_multiple_of, config.data.max_seq_length, 0, tables
     )
     micro = config.train.per_device_train_batch_size
-    count = min(len(reader), micro * config.train.eval_batches)
+    count = min(len(reader), HELDOUT_BATCH * config.train.eval_batches)
     order = Permutation(len(reader), _HELDOUT_SEED, 0)(np.arange(count))
     nothing = np.zeros((0, 2), dtype=np.int64)
     batches = []

@@ -79,9 +79,7 @@ class MentionSampler:
         self._tables = tables
         self._seed = config.train.seed
         # Without any use for mentions (plain MLM) none is looked up.
-        self.active = (
-            config.injection.form != "none" or config.memory.enabled or config.decoding.enabled
-        )
+        self.active = config.uses_mentions
         if self.active and tables.importance is None:
             # Also for the selections by frequency: SI ranks the mentions under the cap.
             raise DataError(

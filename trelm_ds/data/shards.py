@@ -23,6 +23,7 @@ import numpy as np
 
 from trelm_ds.data.schema import MAX_SAMPLE_BYTES, Sample, decode_sample, encode_sample
 from trelm_ds.errors import DataError
+from trelm_ds.files import write_text
 
 FORMAT = "trelm-v1"
 SHARD_FOLDER = "shards"
@@ -112,17 +113,7 @@ def write_manifest(folder: str | Path, manifest: dict) -> dict:
     _check_manifest(manifest, str(path))
     manifest = {"format": FORMAT, **manifest}
     manifest["dataset_id"] = _dataset_id(manifest)
-    temporary = path.with_name(f".{MANIFEST}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_text(path, json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trelm_ds.errors import DataError, one_line
+from trelm_ds.files import file_sha256
 
 SPECIAL_TOKENS = ("cls", "sep", "mask", "pad", "unk")
 
@@ -35,3 +36,8 @@ def load_tokenizer(folder: str | Path):
         if getattr(tokenizer, f"{name}_token_id") is None:
             raise DataError(f"{folder}: the tokenizer has no {name} token")
     return tokenizer
+
+
+def tokenizer_digest(folder: str | Path) -> str:
+    """sha256 of a prepared folder's ``tokenizer.json``, the whole definition of its tokenizer."""
+    return file_sha256(Path(folder) / "tokenizer" / "tokenizer.json")

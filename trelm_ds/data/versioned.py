@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trelm_ds.errors import DataError
+from trelm_ds.files import whole_file
 
 
 def write_versioned(path: Path, array: np.ndarray, version: int, kind: str) -> None:
@@ -26,14 +26,8 @@ def write_versioned(path: Path, array: np.ndarray, version: int, kind: str) -> N
     array = np.ascontiguousarray(array)
     metadata = {"format": kind, "version": str(version)}
     metadata["sha256"] = hashlib.sha256(array.data).hexdigest()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         save_file({"array": array}, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_versioned(path: Path, version: int, kind: str) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 
 from trelm_ds.data.shards import ShardReader, load_manifest
 from trelm_ds.errors import DataError
+from trelm_ds.files import own_suffix, write_text
 from trelm_ds.knowledge.graph import load_array, save_array
 
 logger = logging.getLogger(__name__)
@@ -106,8 +107,7 @@ def index_entity_samples(folder: str | Path) -> int:
     manifest = load_manifest(folder)
     tables = Path(folder) / "tables"
     # Machines that share the folder may do this at once: each in files of its own.
-    suffix = f"{os.uname().nodename}-{os.getpid()}"
-    spool, unsorted = (tables / f".tmp-{name}-{suffix}" for name in ("pairs", "samples"))
+    spool, unsorted = (tables / f".tmp-{name}-{own_suffix()}" for name in ("pairs", "samples"))
     try:
         counts = _spool_pairs(folder, manifest, spool)
         offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -120,9 +120,7 @@ def index_entity_samples(folder: str | Path) -> int:
         spool.unlink(missing_ok=True)
         unsorted.unlink(missing_ok=True)
     report = {"dataset_id": manifest["dataset_id"], "pairs": int(offsets[-1])}
-    temporary = _report_path(folder).with_name(f".tmp-report-{suffix}")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, _report_path(folder))
+    write_text(_report_path(folder), json.dumps(report, indent=2) + "\n")
     return report["pairs"]
 
 

@@ -7,7 +7,6 @@ processes of a machine share one copy, and both objects travel to loader process
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from trelm_ds.data.schema import ROLE_HEAD, ROLE_TAIL
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.errors import DataError
+from trelm_ds.files import file_sha256, whole_file
 
 NAME_TOKENS = 8  # columns of entity_names and relation_names
 TWO_HOP_CAP = 1000
@@ -60,32 +60,18 @@ def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndar
 def save_array(path: Path, array: np.ndarray) -> None:
     """Writes an ``.npy`` file under a temporary name and moves it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _publish(path, lambda file: np.save(file, np.ascontiguousarray(array), allow_pickle=False))
-
-
-def _publish(path: Path, write) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.ascontiguousarray(array), allow_pickle=False)
 
 
 def save_rows(path: Path, rows: Iterable[Sequence]) -> None:
     """Writes tab-separated rows; white space inside a value becomes single spaces."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(file):
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         for row in rows:
             line = "\t".join(" ".join(str(value).split()) for value in row)
             file.write(line.encode("utf-8") + b"\n")
-
-    _publish(path, write)
 
 
 def load_rows(path: Path, columns: int) -> list[list[str]]:
@@ -428,6 +414,15 @@ _TABLES = {
     "relation_names": ("int32", ("R", NAME_TOKENS)),
     "two_hop": ("int32", ("N",)),
 }
+
+
+def tables_digest(folder: str | Path) -> str:
+    """sha256 over what ``KnowledgeTables`` reads: vectors and scores may be made anew later."""
+    digest = hashlib.sha256()
+    for name in (*(f"{table}.npy" for table in _TABLES), "long_tail_words.tsv"):
+        path = Path(folder) / "tables" / name
+        digest.update(f"{name} {file_sha256(path) if path.exists() else None}\n".encode())
+    return digest.hexdigest()
 
 
 class KnowledgeTables:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,8 +13,10 @@ import torch
 
 from trelm_ds.data.shards import ShardReader, load_manifest
 from trelm_ds.data.tokenizer import load_tokenizer
-from trelm_ds.distributed import barrier
+from trelm_ds.distributed import barrier, gather_objects
 from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.files import own_suffix, write_text
+from trelm_ds.knowledge.graph import save_array
 
 logger = logging.getLogger(__name__)
 
@@ -197,27 +198,27 @@ def score_importance(
     finally:
         model.train(training)
     tables = data_dir / "tables"
-    parts = [tables / f".tmp-importance-{r:05d}.npy" for r in range(world_size)]
-    np.save(parts[rank], scores)
-    if world_size > 1:
-        barrier(group)
+    # Runs that begin at once on one folder score it side by side: each job in files of its own.
+    job = gather_objects(own_suffix(), group)[0]
+    parts = [tables / f".tmp-importance-{job}-{r:05d}.npy" for r in range(world_size)]
     report = None
-    if rank == 0:
-        scores = np.concatenate([np.load(part) for part in parts])
-        for part in parts:
-            part.unlink()
-        report = {
-            "model_sha256": model.fingerprint(),
-            "replacement": replacement,
-            "pooling": pooling,
-            "spans": len(scores),
-            "mean": float(scores.mean()) if len(scores) else 1.0,
-        }
-        _replace(tables / "importance.npy", lambda path: np.save(path, scores))
-        text = json.dumps(report, indent=2) + "\n"
-        _replace(tables / "importance.json", lambda path: path.write_text(text))
-    if world_size > 1:
+    try:
+        np.save(parts[rank], scores)
         barrier(group)
+        if rank == 0:
+            scores = np.concatenate([np.load(part) for part in parts])
+            report = {
+                "model_sha256": model.fingerprint(),
+                "replacement": replacement,
+                "pooling": pooling,
+                "spans": len(scores),
+                "mean": float(scores.mean()) if len(scores) else 1.0,
+            }
+            save_array(tables / "importance.npy", scores)
+            write_text(tables / "importance.json", json.dumps(report, indent=2) + "\n")
+        barrier(group)
+    finally:
+        parts[rank].unlink(missing_ok=True)
     return report
 
 
@@ -247,11 +248,3 @@ def _score_share(reader, indices: range, encoder: Encoder, **settings) -> np.nda
                 (indices.stop - stop) / rate,
             )
     return np.concatenate(scores)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

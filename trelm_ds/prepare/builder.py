@@ -10,7 +10,6 @@ The folder takes its name only when everything in it is complete.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -23,6 +22,7 @@ import numpy as np
 
 from trelm_ds.data.schema import MAX_DOC_CHARACTERS, Sample
 from trelm_ds.data.shards import ShardSetWriter, write_manifest
+from trelm_ds.data.tokenizer import tokenizer_digest
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.knowledge.graph import NAME_TOKENS, save_graph, save_tables
 from trelm_ds.knowledge.transe import train_transe
@@ -413,8 +413,3 @@ def probe_rows(
             "tail": bool(subject >= 0 and frequency[subject] <= median),
             "graph_only": probe.graph_only,
         }
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """sha256 of a prepared folder's ``tokenizer.json``, the whole definition of its tokenizer."""
-    return hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()

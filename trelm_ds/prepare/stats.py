@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from trelm_ds.data.shards import ShardReader
 from trelm_ds.errors import DataError
+from trelm_ds.files import whole_file, write_text
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 
 
@@ -31,9 +31,7 @@ def write_stats(folder: Path, manifest: dict, preparation: dict | None = None) -
     stats["preparation"] = preparation
     frequency = np.sort(KnowledgeTables.load(folder).entity_frequency)[::-1]
     plot(folder / "stats.png", lengths, frequency[frequency > 0], manifest)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(stats, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(stats, indent=2, ensure_ascii=False) + "\n")
     return stats
 
 
@@ -147,6 +145,5 @@ def plot(path: Path, lengths: np.ndarray, frequency: np.ndarray, manifest: dict)
     right.bar(np.arange(len(lengths)), lengths, width=1.0)
     right.set(xlabel="tokens, specials included", ylabel="train samples", title="Sample length")
     figure.suptitle(f"{manifest['name']}: {lengths.sum():,} training samples")
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from trelm_ds.data.shards import ShardReader, load_manifest
-from trelm_ds.data.tokenizer import load_tokenizer
+from trelm_ds.data.tokenizer import load_tokenizer, tokenizer_digest
 from trelm_ds.errors import DataError
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables, graph_digest
-from trelm_ds.prepare.builder import tokenizer_digest
 
 
 def verify(folder: Path) -> str:

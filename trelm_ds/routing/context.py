@@ -175,6 +175,12 @@ class RoutingContext:
             and not self.checkpointing
         )
 
+    @property
+    def may_recompute(self) -> bool:
+        """Whether a forward may be done again after a backward has chosen the paths, by activation
+        checkpointing: what it saves must not depend on them then."""
+        return self.checkpointing and self._mode == SELECT
+
     def send_scores(self, layer: int, scores: PathScores) -> PendingScores:
         """Starts summing a layer's scores over the ranks (``SELECT``)."""
         works = []

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from trelm_ds.config import Config, RoutingConfig
+from trelm_ds.distributed import new_group
 from trelm_ds.errors import CheckpointError, ConfigError
 from trelm_ds.routing.attribution import evaluation_mode, integrated_gradients
 from trelm_ds.routing.context import ACCUMULATE, SELECT, RoutingContext
@@ -102,10 +103,7 @@ class RoutingController:
         self.num_layers = len(self.ffns)
         self.size = self.ffns[0].intermediate_size
         self.hidden_size = self.ffns[0].hidden_size
-        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if distributed and process_group is None:
-            process_group = dist.new_group()
-        self.process_group = process_group if distributed else None
+        self.process_group = process_group or new_group()
 
         context.process_group = self.process_group
         context.num_layers = self.num_layers

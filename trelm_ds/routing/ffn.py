@@ -57,7 +57,9 @@ class _RoutedFFNFunction(torch.autograd.Function):
         routing = ffn.context
         paths = routing.paths[ffn.layer_index]
         hidden = F.linear(x, up_weight, up_bias)  # [N, f]
-        ctx.only_paths = paths is not None and not (routing.exact_input_gradient or routing.full)
+        ctx.only_paths = paths is not None and not (
+            routing.exact_input_gradient or routing.full or routing.may_recompute
+        )
         if ctx.only_paths:
             kept = paths.take(hidden, 1)
             # A copy also of a block that is everything: the whole is overwritten next.

@@ -1,0 +1,84 @@
+"""What a run checks about its data folder and its own before it trains."""
+
+import numpy as np
+import pytest
+from multiprocess import run_ranks
+from tiny_corpus import write_tiny_corpus
+
+import trelm_ds.pretrain as pretrain
+from trelm_ds.config import load_config
+from trelm_ds.data.shards import load_manifest
+from trelm_ds.distributed import World, cpu_group
+from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.knowledge.graph import save_array
+from trelm_ds.start_up import check_knowledge
+
+ALONE = World(0, 1, 0, "none")
+
+
+def check(folder):
+    return check_knowledge(folder, load_manifest(folder), ALONE, None)
+
+
+@pytest.mark.parametrize("name", ["graph/triples.npy", "graph/entities.tsv", "tokenizer"])
+def test_a_flipped_bit_in_graph_or_tokenizer_is_found(tmp_path, name):
+    write_tiny_corpus(tmp_path)
+    check(tmp_path)
+    path = tmp_path / name
+    path = path / "tokenizer.json" if path.is_dir() else path
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=f"{name.split('/')[0]}: not the manifest's"):
+        check(tmp_path)
+
+
+def test_the_digest_of_the_tables_changes_with_any_of_them(tmp_path):
+    write_tiny_corpus(tmp_path)
+    digests = {check(tmp_path)}
+    for name in ("importance", "entity_embeddings", "two_hop"):
+        path = tmp_path / "tables" / f"{name}.npy"
+        save_array(path, np.load(path) + 1)
+        digests.add(check(tmp_path))
+    (tmp_path / "tables" / "importance.npy").unlink()
+    digests.add(check(tmp_path))
+    assert len(digests) == 5
+
+
+def two_machines(rank, world_size, folders):
+    world = World(rank, world_size, 0, "launcher")
+    found = []
+    for folder in folders[rank]:
+        try:
+            found.append(check_knowledge(folder, load_manifest(folder), world, cpu_group()))
+        except DataError as error:
+            found.append(str(error))
+    return found
+
+
+def test_machines_with_other_tables_stop_on_every_rank(tmp_path):
+    for name in ("a", "b", "c"):
+        write_tiny_corpus(tmp_path / name)
+    path = tmp_path / "c" / "tables" / "importance.npy"
+    save_array(path, np.load(path) * 2)
+    a, b, c = (tmp_path / name for name in "abc")
+    (same, other), theirs = run_ranks(two_machines, 2, [[a, a], [b, c]])
+    assert len(same) == 64 and "not the same on every machine" in other
+    assert theirs == [same, other.replace(str(a), str(c))]
+
+
+def test_one_job_at_a_time_has_a_run_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "LOCK_WAIT_S", 0.1)
+    pretrain._lock(tmp_path)
+    with pytest.raises(ConfigError, match="in use by another run"):
+        pretrain._lock(tmp_path)
+    pretrain._held_locks.pop().close()  # as the end of its process does
+    pretrain._lock(tmp_path)
+    pretrain._held_locks.pop().close()
+
+
+def test_folders_named_by_themselves_are_never_shared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config("dkplm")
+    names = [str(pretrain.choose_output_dir(config)) for _ in range(3)]
+    assert names == ["outputs/dkplm", "outputs/dkplm-2", "outputs/dkplm-3"]
