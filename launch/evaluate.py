@@ -4,13 +4,13 @@
 import argparse
 import json
 import logging
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from trelm_ds.downstream.settings import DEFAULTS, FineTuning
 from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError, one_line
+from trelm_ds.files import write_text
 
 # task -> (what it is, what --data is)
 TASKS = {
@@ -74,14 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         result = run(args)
-    except TrelmError as error:
+        text = json.dumps(result, indent=2) + "\n"
+        if args.json:
+            write_text(args.json, text)
+    except (TrelmError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = json.dumps(result, indent=2) + "\n"
-    if args.json:
-        temporary = args.json.with_name(f".tmp-{args.json.name}")
-        temporary.write_text(text)
-        os.replace(temporary, args.json)
+        return getattr(error, "exit_code", 1)
     print(text, end="")
     return EXIT_DONE
 

@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         step = json.loads((checkpoint / "state.json").read_text())["step"]
         metrics = last_evaluation(checkpoint.parent.parent / "metrics.jsonl", step)
         export_model(state, checkpoint, args.output_dir, metrics=metrics, overwrite=args.overwrite)
-    except TrelmError as error:
+    except (TrelmError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return getattr(error, "exit_code", 1)
     print(args.output_dir)
     return EXIT_DONE
 

@@ -1,5 +1,8 @@
 """What a micro-batch gets from the table of neighbours."""
 
+import multiprocessing
+import time
+
 import numpy as np
 import pytest
 from entity_names import entity_tokens
@@ -7,8 +10,44 @@ from tiny_corpus import write_tiny_corpus
 
 from trelm_ds.config import build_config
 from trelm_ds.data.loader import StepLoader
+from trelm_ds.distributed import World
 from trelm_ds.hard_negatives import HardNegatives
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+
+
+class FullDisk:
+    def save_shards(self, folder):
+        (folder / "half").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_costs_a_table_and_not_the_run(tmp_path, caplog):
+    write_tiny_corpus(tmp_path)
+    graph, tables = KnowledgeGraph.load(tmp_path), KnowledgeTables.load(tmp_path)
+    config = build_config({"decoding.hard_negatives": 3, "decoding.hard_negative_refresh_steps": 4})
+    world = World(0, 1, 0, "none")
+    hard = HardNegatives(config, FullDisk(), graph, tables, tmp_path / "n", world, None, lambda: 0)
+    for step in range(8):
+        hard.begin_step(step)
+    assert "version 4 not built" in caplog.text and "No space left" in caplog.text
+    assert "version 4 not activated" in caplog.text and hard._table.table is None
+    assert not list((tmp_path / "n").glob("bank-*"))
+
+
+def test_a_builder_that_hangs_is_given_up(tmp_path, caplog, monkeypatch):
+    write_tiny_corpus(tmp_path)
+    graph, tables = KnowledgeGraph.load(tmp_path), KnowledgeTables.load(tmp_path)
+    config = build_config({"decoding.hard_negatives": 3})
+    world = World(0, 1, 0, "none")
+    hard = HardNegatives(config, None, graph, tables, tmp_path / "n", world, None, lambda: 0)
+    monkeypatch.setattr("trelm_ds.hard_negatives.BUILD_WAIT_S", 0.1)
+    hard._process = process = multiprocessing.get_context("spawn").Process(
+        target=time.sleep, args=(600,), daemon=True
+    )
+    process.start()
+    hard._activate(200)
+    assert not process.is_alive() and hard._process is None
+    assert "given up" in caplog.text and "not activated" in caplog.text
 
 
 @pytest.mark.parametrize("room", [4096, 0])

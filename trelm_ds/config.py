@@ -8,6 +8,7 @@ the YAML/JSON file of ``--config``, Hugging Face style flags, and ``--set sectio
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -449,8 +450,9 @@ def _convert(key: str, value, hint):
         elif option is int:
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
-            if isinstance(value, str) and value.strip().lstrip("+-").isdigit():
-                return int(value)
+            if isinstance(value, str):
+                with contextlib.suppress(ValueError):
+                    return int(value)
             if isinstance(value, float) and value.is_integer():
                 return int(value)
         elif option is float:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, BertConfig, RobertaConfig
 
 from trelm_ds.errors import CheckpointError, ConfigError, one_line
+from trelm_ds.files import fsync, fsync_tree
 from trelm_ds.model import no_progress_bar
 from trelm_ds.routing.ffn import to_hf_state_dict
 
@@ -101,6 +102,7 @@ def export_model(
                 shutil.copyfile(file, temporary / file.name)
         save_file(extras, temporary / EXTRAS)
         (temporary / "README.md").write_text(model_card(run, hf_config, checkpoint, metrics or {}))
+        fsync_tree(temporary)
         _publish(temporary, output_dir)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -118,6 +120,7 @@ def _publish(temporary: Path, output_dir: Path) -> None:
     if output_dir.exists():
         os.rename(output_dir, old)
     os.rename(temporary, output_dir)
+    fsync(output_dir.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -30,6 +30,13 @@ def fsync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def fsync_tree(folder: Path) -> None:
+    """``fsync`` of a folder and of all that is in it, before it takes another one's place."""
+    for path in folder.rglob("*"):
+        fsync(path)
+    fsync(folder)
+
+
 def own_suffix() -> str:
     """Part of a temporary name that no other process has, on this machine or another."""
     return f"{platform.node()}-{os.getpid()}"

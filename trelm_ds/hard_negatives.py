@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from trelm_ds.config import Config
 from trelm_ds.data.candidates import EntityCandidates
@@ -30,6 +31,9 @@ from trelm_ds.memory.index import NeighbourTable, build_table, hard_negative_tok
 logger = logging.getLogger(__name__)
 
 NEIGHBOURS = 16  # per entity
+
+
+BUILD_WAIT_S = 600.0  # for a build that is late, beside the half interval it had
 
 
 class HardNegatives:
@@ -96,21 +100,33 @@ class HardNegatives:
 
     def begin_step(self, step: int) -> None:
         """Starts or activates a table where the schedule says so. Collective on those steps."""
-        if step >= self._interval and step % self._interval == 0:
-            self._write_snapshot(step)
+        if step >= self._interval and step % self._interval == 0 and self._write_snapshot(step):
             self._start_build(step)
         version = step - self._delay
         if version >= self._interval and version % self._interval == 0:
             self._activate(version)
 
-    def _write_snapshot(self, version: int) -> None:
+    def _write_snapshot(self, version: int) -> bool:
+        """False where a rank could not write its part: this version is done without."""
         folder = self._snapshot(version)
-        if self._world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        barrier(self._group)
-        self._bank.save_shards(folder)
-        barrier(self._group)
+
+        def make_folder():
+            if self._world.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+
+        for part in (make_folder, lambda: self._bank.save_shards(folder)):
+            problem = None
+            try:
+                part()
+            except (OSError, SafetensorError) as error:
+                problem = str(error)
+            if problems := [p for p in gather_objects(problem, self._group) if p]:
+                if self._world.is_main:
+                    logger.warning("hard negatives: version %d not built: %s", version, problems[0])
+                    shutil.rmtree(folder, ignore_errors=True)
+                return False
+        return True
 
     def _start_build(self, version: int) -> None:
         if not self._world.is_main or table_path(self._folder, version).exists():
@@ -125,7 +141,11 @@ class HardNegatives:
 
     def _activate(self, version: int) -> None:
         if self._process is not None:
-            self._process.join()
+            self._process.join(BUILD_WAIT_S)
+            if self._process.is_alive():  # stuck on its disk: the ranks wait for rank 0 meanwhile
+                logger.warning("hard negatives: version %d is given up, not built in time", version)
+                self._process.kill()
+                self._process.join()
             self._process = None
         barrier(self._group)
         self._table.activate(version, lambda ready: all(gather_objects(ready, self._group)))

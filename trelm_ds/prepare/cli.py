@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         sys.stdout.write(prepare(sys.argv[1:] if argv is None else argv) + "\n")
-    except TrelmError as error:
+    except (TrelmError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return error.exit_code
+        return getattr(error, "exit_code", 1)
     return EXIT_DONE

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trelm_ds.data.shards import MANIFEST
 from trelm_ds.errors import DataError
+from trelm_ds.files import fsync, fsync_tree
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -46,12 +47,14 @@ def staged_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         staging.chmod(0o777 & ~umask)  # mkdtemp's 0700 would hide the data from colleagues
+        fsync_tree(staging)
         check_output(output, overwrite)
         if output.exists():
             # Two renames: a kill in between leaves old and new whole beside each other.
             old = Path(tempfile.mkdtemp(prefix=f"{output.name}.old-", dir=output.parent))
             os.rename(output, old / output.name)
             os.rename(staging, output)
+            fsync(output.parent)
             shutil.rmtree(old)
         else:
             os.rename(staging, output)
