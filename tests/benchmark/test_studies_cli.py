@@ -94,6 +94,8 @@ def test_sweeps_by_short_name_and_by_key(data, tmp_path, capsys):
     assert lines[0].split()[1] == "routing.kept_fraction=.25" and len(lines) == 3
     assert main([*argv, "--key", "rho", "--values", ".5", "0.5"]) == 2
     assert "twice" in capsys.readouterr().err
+    assert main([*argv, "--key", "rho", "--select_by", "time"]) == 2
+    assert "no baseline here" in capsys.readouterr().err
     assert main([*argv, "--key", "rho", "--values", "3"]) == 2
     assert "routing.kept_fraction" in capsys.readouterr().err
     for key in ("train.learning_rate", "train.seed", "train.max_steps", "train.eval_steps"):

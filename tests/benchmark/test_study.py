@@ -12,7 +12,7 @@ from tiny_corpus import write_tiny_corpus
 from trelm_ds.benchmark import runner
 from trelm_ds.benchmark.arms import Arm
 from trelm_ds.benchmark.runner import RunFailed, slots
-from trelm_ds.benchmark.study import MANY_STEPS, Budget, Start, Study
+from trelm_ds.benchmark.study import MANY_STEPS, Budget, Race, Start, Study
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.stopping import StopRequest
 
@@ -89,6 +89,37 @@ def test_the_grid_is_searched_with_one_seed_and_the_best_rate_gets_the_others(st
     assert [row["step"] for row in chosen[0]["evaluations"]] == [0, 1, 2, 3, 4]
     assert (chosen[0]["steps"], chosen[0]["time_s"], chosen[0]["preset"]) == (4, 2.0, "dkplm")
     assert not list(declared.folder.rglob("checkpoints"))  # of finished runs
+
+
+def test_a_race_chooses_the_rate_that_is_first_at_the_target(study, starts):
+    """`a` sets the target with the rate that ends best; `b` is there first with another one."""
+    rates = (0.001, 0.002, 0.004, 1.0)
+    declared = study(rates=rates, steps=(4, 2))
+    assert declared.run(StopRequest())
+    assert declared.best_rates() == dict.fromkeys([(n, s) for n in "ab" for s in (4, 2)], 0.002)
+    _rewrite(declared, "b", 0.004, 4, [0.0, 0.95, 0.95, 0.95, 0.95], [9.0, 7.0, 7.0, 8.1, 8.1])
+    _rewrite(declared, "b", 0.002, 4, [0.0, 0.5, 0.9, 1.0, 1.0], [9.0, 9.0, 9.0, 8.0, 8.0])
+    _rewrite(declared, "a", 0.001, 2, [0.0, 1.0, 1.0], [9.0, 8.0, 8.0])
+    declared.race = Race(["a"], 0.1)
+    # `b` at 0.004 has facts and text after two steps and loses the text again: first is first.
+    assert declared.best_rates() == {
+        ("a", 4): 0.002, ("b", 4): 0.004, ("a", 2): 0.001, ("b", 2): 0.002,
+    }  # fmt: skip
+    # Nobody gets there: the end decides.
+    _rewrite(declared, "a", 0.002, 4, [0.0, 2.0, 2.0, 2.0, 2.0], [9.0, 1.0, 1.0, 1.0, 1.0])
+    assert declared.best_rates()["b", 2] == 0.002
+
+
+def _rewrite(study, arm, rate, steps, p1, loss):
+    """Puts other curves into a finished run."""
+    (arm,) = (a for a in study.arms if a.name == arm)
+    path = study.declare(arm, rate, 1, Budget(steps=steps)).folder / "result.json"
+    result = json.loads(path.read_text())
+    result["evaluations"] = [
+        {"step": i, "time_s": i / 2, "eval/select_p1": p, "eval/mlm_loss": m}
+        for i, (p, m) in enumerate(zip(p1, loss, strict=True))
+    ]
+    path.write_text(json.dumps(result))
 
 
 def test_a_finished_study_starts_nothing_and_a_larger_one_only_what_is_new(study, starts):

@@ -17,7 +17,7 @@ from trelm_ds.benchmark.options import (
 from trelm_ds.benchmark.report import write_report
 from trelm_ds.benchmark.results import require_folder, write_result
 from trelm_ds.benchmark.runner import Run
-from trelm_ds.benchmark.study import Study
+from trelm_ds.benchmark.study import Race, Study
 from trelm_ds.benchmark.targets import (
     METRICS,
     convergence_rows,
@@ -88,7 +88,8 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     labels = [task.label for task in tasks]
     if len(set(labels)) < len(labels):
         raise ConfigError("--downstream: two tasks have folders of one name; rename one")
-    study = declared_study(args, arms, export=bool(tasks))
+    race = Race(baselines, args.tolerance)
+    study = declared_study(args, arms, export=bool(tasks), race=race)
     for key in made_equal(study):
         logger.warning("--set %s makes equal what the arms differ in", key)
     code = ended_early(study, args, stop)
@@ -139,6 +140,7 @@ def declaration(study: Study) -> dict:
         "seeds": list(study.seeds),
         "budgets": [{"steps": b.steps, "hours": b.hours} for b in study.budgets],
         "select_by": study.select_by,
+        "raced": study.race is not None,
         "settings": settings,
         "data": study.data_dir.name,
         "dataset_id": study.dataset_id,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trelm_ds.arguments import add_config_flags, given_config_flags
 from trelm_ds.benchmark.arms import Arm, load_table
-from trelm_ds.benchmark.study import SELECT_BY, Budget, Start, Study
+from trelm_ds.benchmark.study import SELECT_BY, Budget, Race, Start, Study
 from trelm_ds.config import Config, parse_assignment
 from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trelm_ds.pretrain import SAMPLE_DIR, ensure_sample
@@ -49,7 +49,10 @@ def add_study_arguments(parser: argparse.ArgumentParser, learning_rates: Sequenc
         help="grid of every arm, searched with the first seed",
     )
     parser.add_argument(
-        "--select_by", default=SELECT_BY, metavar="METRIC", help="chooses the learning rate"
+        "--select_by",
+        default=SELECT_BY,
+        metavar="METRIC",
+        help="chooses the learning rate: a score at the end of the run, or time (to the targets)",
     )
     parser.add_argument(
         "--start_steps",
@@ -79,7 +82,9 @@ def folder_of(args: argparse.Namespace) -> Path:
     return args.output_dir or Path("outputs/benchmark") / args.kind
 
 
-def declared_study(args: argparse.Namespace, arms: Sequence[Arm], export: bool = False) -> Study:
+def declared_study(
+    args: argparse.Namespace, arms: Sequence[Arm], export: bool = False, race: Race | None = None
+) -> Study:
     """The study that the flags declare; writes the sample corpus where no data was named.
 
     Raises:
@@ -93,6 +98,8 @@ def declared_study(args: argparse.Namespace, arms: Sequence[Arm], export: bool =
             f"--select_by {args.select_by}: settings are chosen by facts that are not reported: "
             f"eval/select_p1, or eval/mlm_loss"
         )
+    if args.select_by == "time" and race is None:
+        raise ConfigError("--select_by time: there is no baseline here whose targets are raced to")
     rates = args.learning_rates
     if len(set(rates)) < len(rates):
         raise ConfigError("--learning_rates: a rate is named twice")
@@ -114,9 +121,10 @@ def declared_study(args: argparse.Namespace, arms: Sequence[Arm], export: bool =
         list(range(1, args.seeds + 1)),
         [Budget.parse(text) for text in args.budget],
         settings,
-        args.select_by,
+        SELECT_BY if args.select_by == "time" else args.select_by,
         start,
         export,
+        race if args.select_by == "time" else None,
     )
 
 

@@ -122,7 +122,7 @@ def _say_conditions(document: Document, result: dict) -> None:
             ["budget of a run" if len(lengths) == 1 else "budgets, each arm's grid", length],
             ["learning rates, each arm's grid", rates],
             ["every run begins", begun],
-            ["chosen by", f"{study['select_by']} at the end of the first seed's run"],
+            ["rates chosen by", _selection(study)],
             ["seeds", ", ".join(map(str, study["seeds"]))],
             ["settings of all arms", ", ".join(f"{k}={v}" for k, v in study["settings"].items())],
         ],
@@ -149,6 +149,16 @@ def _machines(result: dict) -> list[str]:
             machine += f", {hardware['threads']} thread(s) a run"
         found.append(machine)
     return sorted(set(found))
+
+
+def _selection(study: dict) -> str:
+    at_end = f"{study['select_by']} at the end of the first seed's run"
+    if not study.get("raced"):
+        return at_end
+    return (
+        f"the first seed's time to the baselines' targets, {study['select_by']} with the text "
+        f"kept; the baselines' largest runs, which set them, by {at_end}"
+    )
 
 
 def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:

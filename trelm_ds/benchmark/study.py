@@ -18,6 +18,7 @@ from pathlib import Path
 from trelm_ds.benchmark.arms import Arm
 from trelm_ds.benchmark.results import write_json
 from trelm_ds.benchmark.runner import Run, Runner
+from trelm_ds.benchmark.targets import METRICS, Metric, crossing, curve, target_of
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.stopping import StopRequest
@@ -86,6 +87,22 @@ class Start:
     learning_rate: float
 
 
+@dataclass(frozen=True)
+class Race:
+    """Choice of the learning rate by the time to the baselines' targets (``--select_by time``).
+
+    A rate that ends best is not the one that is first at a target: a high one learns the most facts
+    in the end, and has its text loss back late.
+
+    Attributes:
+        baselines: arms whose largest runs, at the rate that ends best, set the targets.
+        tolerance: see ``targets.target_of``.
+    """
+
+    baselines: Sequence[str]
+    tolerance: float
+
+
 @dataclass
 class Study:
     """Declared runs and what became of them.
@@ -99,7 +116,8 @@ class Study:
         budgets: each arm has runs of each, with a whole schedule in them; the first is the largest
             and the one that sets targets.
         settings: flat configuration keys for every run, over the arms'.
-        select_by: metric that chooses the learning rate.
+        select_by: metric that chooses the learning rate by its value at the end of the run.
+        race: choose by time to target instead; the runs that set targets are chosen as before.
         start: trained first, from ``model.model_name_or_path`` of the settings or from scratch;
             None: the runs themselves begin there.
         export: runs of the largest budget leave a Hugging Face folder ``hf``.
@@ -114,6 +132,7 @@ class Study:
     select_by: str = SELECT_BY
     start: Start | None = None
     export: bool = False
+    race: Race | None = None
 
     def __post_init__(self):
         if len({budget.hours is None for budget in self.budgets}) > 1:
@@ -124,7 +143,7 @@ class Study:
         self.data_dir = Path(str(self.settings.get("data.data_dir")))
         self.dataset_id = load_manifest(self.data_dir)["dataset_id"]
         probes = any((self.data_dir / "probe").glob("*.jsonl"))
-        if not probes and self.select_by != "eval/mlm_loss":
+        if not probes and (self.select_by != "eval/mlm_loss" or self.race):
             raise DataError(
                 f"{self.data_dir} has no probe files to choose settings by: "
                 "use --select_by eval/mlm_loss"
@@ -171,8 +190,53 @@ class Study:
         return [run for _, run in self._grid()]
 
     def best_rates(self) -> dict[tuple[str, float], float]:
-        """(arm, budget's size) -> learning rate, by ``select_by`` at the end of the first seed's
-        runs.
+        """(arm, budget's size) -> learning rate, chosen by the first seed's runs."""
+        best = self._best_at_the_end()
+        return best if self.race is None else self._first_there(best)
+
+    def _first_there(self, best: dict[tuple[str, float], float]) -> dict[tuple[str, float], float]:
+        """The rates that are first at the targets, ``select_by`` with the text kept.
+
+        Those of the baselines' largest runs stay: they set the targets. Of several targets the
+        more that are reached the better, then the less time to all of them together; where none
+        is, the end decides.
+        """
+        full, goals = self.budgets[0].size, []
+        metrics = (Metric(self.select_by, ""), METRICS[0])
+        for arm in self.arms:
+            if arm.name in self.race.baselines and (arm.name, full) in best:
+                rate = best[arm.name, full]
+                evaluations = self.declare(arm, rate, self.seeds[0]).result()["evaluations"]
+                curves = [curve(evaluations, metric.key) for metric in metrics]
+                if all(curves):
+                    targets = [
+                        target_of(points, metric, self.race.tolerance)
+                        for points, metric in zip(curves, metrics, strict=True)
+                    ]
+                    goals.append(list(zip(metrics, targets, strict=True)))
+
+        def standing(arm: Arm, budget: Budget, rate: float) -> tuple:
+            result = self.declare(arm, rate, self.seeds[0], budget).result()
+            if result["status"] != "done":
+                return (math.inf,)
+            found = [crossing(result, goal) for goal in goals]
+            times = [point.time_s for point in found if point is not None]
+            return len(goals) - len(times), sum(times), *self._score(result), rate
+
+        chosen = {}
+        for budget in self.budgets:
+            for arm in self.arms:
+                if (arm.name, budget.size) in best:
+                    sets_targets = budget.size == full and arm.name in self.race.baselines
+                    chosen[arm.name, budget.size] = (
+                        best[arm.name, full]
+                        if sets_targets
+                        else min(standing(arm, budget, rate) for rate in self.learning_rates)[-1]
+                    )
+        return chosen
+
+    def _best_at_the_end(self) -> dict[tuple[str, float], float]:
+        """By ``select_by`` at the end of the runs.
 
         Ties go to the lower held-out MLM loss, then to the smaller rate; a rate at which the arm
         diverged is out, and so is an arm that diverged at all of them.

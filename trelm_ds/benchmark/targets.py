@@ -222,12 +222,12 @@ def convergence_rows(
                     (part, target_of(points, part, tolerance))
                     for part, points in zip(parts, finals, strict=True)
                 ]
-                first, crossing = None, None
+                first, there = None, None
                 for run in of_arm:
-                    found = _crossing(run, goals)
-                    if found and (crossing is None or found.time_s < crossing.time_s):
-                        first, crossing = run, found
-                then = first and at_time(curve(first["evaluations"], MLM_LOSS), crossing.time_s)
+                    found = crossing(run, goals)
+                    if found and (there is None or found.time_s < there.time_s):
+                        first, there = run, found
+                then = first and at_time(curve(first["evaluations"], MLM_LOSS), there.time_s)
                 rows.append(
                     {
                         "method": arm,
@@ -235,9 +235,9 @@ def convergence_rows(
                         "metric": metric.key,
                         "baseline": baseline,
                         "target": goals[0][1],
-                        "reached": crossing is not None,
-                        "time_s": crossing and crossing.time_s,
-                        "steps": crossing and crossing.step,
+                        "reached": there is not None,
+                        "time_s": there and there.time_s,
+                        "steps": there and there.step,
                         "budget": first and first["budget"],
                         "held": first and _is_held(first, goals),
                         "mlm_loss": then and then.value,
@@ -248,7 +248,7 @@ def convergence_rows(
     return rows
 
 
-def _crossing(run: dict, goals: Sequence[tuple[Metric, float]]) -> Point | None:
+def crossing(run: dict, goals: Sequence[tuple[Metric, float]]) -> Point | None:
     """Where a run that came to its end first is at all the goals."""
     curves = [(_finished_curve(run, m), target, m.higher_is_better) for m, target in goals]
     return reach_all(curves)
