@@ -187,8 +187,14 @@ def save_again(rank, world_size, data_dir, output_dir):
         if rank == 1:
             raise OSError(28, "No space left on device")
 
-    # Where each part of a save writes: DeepSpeed before its barrier, the bank, rank 0's end of it.
+    def full_disk_on_main(*args, **kwargs):
+        if rank == 0:
+            raise OSError(28, "No space left on device")
+
+    # Where each part of a save writes: DeepSpeed before its barrier, on any rank and on rank 0
+    # alone, the bank, rank 0's end of it.
     for owner, name, fails in (
+        (type(trainer.engine), "_copy_recovery_script", full_disk_on_main),
         (type(trainer.engine.checkpoint_engine), "save", full_disk_here),
         (trainer.bank, "save_shards", full_disk),
         (trainer.checkpoints, "_publish", lambda *args: os.stat("/no/such/file")),
@@ -216,9 +222,9 @@ def test_leftovers_are_replaced_and_a_failed_save_leaves_the_last_one(runs, tmp_
     results = run_ranks(save_again, 2, runs[0] / "data", tmp_path / "run")
     for problems, folders, is_kept in results:
         assert is_kept
-        assert len(problems) == 3 and all("was not written" in problem for problem in problems)
-        assert ["rank 1" in problem for problem in problems] == [True, True, False]
-        assert ["No space" in problem for problem in problems] == [True, True, False]
+        assert len(problems) == 4 and all("was not written" in problem for problem in problems)
+        assert ["rank 1" in problem for problem in problems] == [False, True, True, False]
+        assert ["No space" in problem for problem in problems] == [True, True, True, False]
         assert folders == ["step_00000002"]
     assert checkpointer(tmp_path / "run").find("latest").name == "step_00000003"
 

@@ -13,6 +13,7 @@ from trelm_ds.data.loader import StepLoader
 from trelm_ds.distributed import World
 from trelm_ds.hard_negatives import HardNegatives
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+from trelm_ds.memory.index import write_table
 
 
 class FullDisk:
@@ -48,6 +49,18 @@ def test_a_builder_that_hangs_is_given_up(tmp_path, caplog, monkeypatch):
     hard._activate(200)
     assert not process.is_alive() and hard._process is None
     assert "given up" in caplog.text and "not activated" in caplog.text
+
+
+def test_a_resumed_run_takes_the_version_that_was_in_use(tmp_path):
+    write_tiny_corpus(tmp_path, entities=60)
+    graph, tables = KnowledgeGraph.load(tmp_path), KnowledgeTables.load(tmp_path)
+    config = build_config({"decoding.hard_negatives": 3, "decoding.hard_negative_refresh_steps": 4})
+    world = World(0, 1, 0, "none")
+    hard = HardNegatives(config, None, graph, tables, tmp_path / "n", world, None, lambda: 0)
+    table = np.full((graph.num_entities, 2), -1, dtype=np.int32)
+    write_table(tmp_path / "n", table, 4)  # version 8 was not built
+    hard.resume(12)
+    assert hard._table.version == 4
 
 
 @pytest.mark.parametrize("room", [4096, 0])

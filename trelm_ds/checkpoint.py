@@ -76,28 +76,33 @@ def _hash_files(folder: Path, names: list[str]) -> dict[str, dict]:
 
 
 @contextlib.contextmanager
-def _late_errors(writer):
-    """Lets DeepSpeed finish its save when a write fails, and raises the error then.
+def _late_errors(engine):
+    """Lets DeepSpeed finish its save when it cannot write a file, and raises the error then.
 
     ``engine.save_checkpoint`` ends in a barrier. A rank whose disk is full would leave the others
     there until the timeout, and the job would end without a word about the disk.
-
-    Args:
-        writer: ``engine.checkpoint_engine``, whose ``save`` writes one file.
     """
-    save, errors = writer.save, []
+    errors = []
 
-    def save_or_note(*args, **kwargs):
-        try:
-            return save(*args, **kwargs)
-        except (OSError, RuntimeError) as error:
-            errors.append(error)
+    def late(function):
+        def call(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
 
-    writer.save = save_or_note
+        return call
+
+    # What writes: a file of states, and with ZeRO a script beside them.
+    writers = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
+    writers = [(owner, name) for owner, name in writers if hasattr(owner, name)]
+    for owner, name in writers:
+        setattr(owner, name, late(getattr(owner, name)))
     try:
         yield
     finally:
-        del writer.save  # the class's again
+        for owner, name in writers:
+            delattr(owner, name)  # the class's again
     if errors:
         raise errors[0]
 
@@ -170,7 +175,7 @@ class Checkpointer:
                     shutil.rmtree(left, ignore_errors=True)
                 (temporary / "bank").mkdir(parents=True)
         with self._all_or_none(name, temporary):
-            with _late_errors(engine.checkpoint_engine):
+            with _late_errors(engine):
                 engine.save_checkpoint(str(self.folder), tag=temporary.name, save_latest=False)
             if bank is not None:
                 bank.save_shards(temporary / "bank")
@@ -180,10 +185,11 @@ class Checkpointer:
                 self._write_main(temporary, state, engine, routing_state, extras)
                 if sampling_state is not None:
                     save_file(sampling_state, str(temporary / "sampling.safetensors"))
-        hashes = {}
-        listings = gather_objects(_payload_files(temporary), self._group)
+        listing, hashes = [], {}
+        with self._all_or_none(name, temporary):
+            listing = _payload_files(temporary)
         # Of all ranks: a shared file system may show a rank another one's files a moment later.
-        names = sorted(set().union(*listings))
+        names = sorted(set().union(*gather_objects(listing, self._group)))
         with self._all_or_none(name, temporary):
             hashes = _hash_files(temporary, names[self._world.rank :: self._world.size])
         parts = gather_objects(hashes, self._group)

@@ -39,8 +39,7 @@ def read_deepspeed_config(path: str | Path) -> dict:
 
 
 def zero_stage(ds_config: dict) -> int:
-    section = ds_config.get("zero_optimization", {})
-    stage = section.get("stage", 0) if isinstance(section, dict) else section
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_optimization.stage: {stage!r} is not 0, 1, 2 or 3")
     return stage

@@ -95,8 +95,9 @@ class HardNegatives:
         if last >= self._interval and step <= last + self._delay:
             self._start_build(last)
             last -= self._interval
-        if last >= self._interval:
-            self._activate(last)
+        # A version that could not be built was done without then, and the one before it kept.
+        while last >= self._interval and not self._activate(last):
+            last -= self._interval
 
     def begin_step(self, step: int) -> None:
         """Starts or activates a table where the schedule says so. Collective on those steps."""
@@ -139,16 +140,18 @@ class HardNegatives:
         )
         self._process.start()
 
-    def _activate(self, version: int) -> None:
+    def _activate(self, version: int) -> bool:
         if self._process is not None:
             self._process.join(BUILD_WAIT_S)
             if self._process.is_alive():  # stuck on its disk: the ranks wait for rank 0 meanwhile
                 logger.warning("hard negatives: version %d is given up, not built in time", version)
                 self._process.kill()
-                self._process.join()
+                self._process.join(1.0)  # a process that waits for a disk does not even die
             self._process = None
         barrier(self._group)
-        self._table.activate(version, lambda ready: all(gather_objects(ready, self._group)))
+        active = self._table.activate(
+            version, lambda ready: all(gather_objects(ready, self._group))
+        )
         if self._world.is_main:
             shutil.rmtree(self._snapshot(version), ignore_errors=True)
             first = max(0, self._oldest_checkpoint() - 2 * self._interval)
@@ -156,6 +159,7 @@ class HardNegatives:
             for path in self._folder.glob("neighbours-*"):
                 if path.name < oldest.name:
                     path.unlink(missing_ok=True)
+        return active
 
     def apply(self, batch: Batch, step: int) -> Batch:
         """The micro-batch with its hard negatives; unchanged while there is no table."""

@@ -51,23 +51,29 @@ def choose_output_dir(config: Config) -> Path:
     if train.output_dir is None:
         if train.resume_from_checkpoint == "latest":
             raise ConfigError("--resume_from_checkpoint latest needs --output_dir")
-        path, number = Path("outputs") / config.method, 1
+        folder = Path("outputs")
+        folder.mkdir(exist_ok=True)
+        path, number = folder / config.method, 1
         while True:
             try:
-                path.mkdir(parents=True)  # made at once: a run that starts now takes the next one
+                path.mkdir()  # made at once: a run that starts now takes the next one
                 return path
             except FileExistsError:
                 number += 1
-                path = Path("outputs") / f"{config.method}-{number}"
+                path = folder / f"{config.method}-{number}"
     path = Path(train.output_dir)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--output_dir {path} is a file")
-    if any(path.glob("checkpoints/step_*")) and not train.resume_from_checkpoint:
+    _refuse_other_run(path, config)
+    return path
+
+
+def _refuse_other_run(path: Path, config: Config) -> None:
+    if any(path.glob("checkpoints/step_*")) and not config.train.resume_from_checkpoint:
         raise ConfigError(
             f"{path} holds checkpoints of an earlier run: go on with "
             "--resume_from_checkpoint latest, or choose another --output_dir"
         )
-    return path
 
 
 def _lock(output: Path) -> None:
@@ -114,7 +120,6 @@ def _prepare_folders(config: Config, world: World) -> None:
     choice, problem = None, None
     if world.is_main:
         try:
-            output = choose_output_dir(config)
             data = Path(config.data.data_dir or SAMPLE_DIR)
             if config.data.data_dir is None:
                 ensure_sample(data)
@@ -122,8 +127,10 @@ def _prepare_folders(config: Config, world: World) -> None:
                 raise DataError(
                     f"--data_dir {data}: no manifest.json there; write it with launch/prepare.py"
                 )
+            output = choose_output_dir(config)
             output.mkdir(parents=True, exist_ok=True)
             _lock(output)
+            _refuse_other_run(output, config)  # again: one may have ended while this one waited
             choice = (str(output), str(data))
         except (TrelmError, OSError) as error:
             problem = error

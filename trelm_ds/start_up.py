@@ -36,7 +36,10 @@ def ensure_importance(model, config: Config, data_dir: Path, manifest: dict, wor
     from trelm_ds.knowledge.importance import score_importance
 
     logger.info("scoring %d mentions with the initial model (Eq. 1), once", spans)
-    score_importance(model, data_dir, rank=world.rank, world_size=world.size, group=group)
+    # A run that began at the same time may be done first, and trains by its scores already.
+    score_importance(
+        model, data_dir, rank=world.rank, world_size=world.size, group=group, keep=True
+    )
 
 
 def check_knowledge(data_dir: Path, manifest: dict, world, group) -> str:

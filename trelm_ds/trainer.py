@@ -318,6 +318,7 @@ class Trainer:
         by_micro_batch = {
             "the candidates of entity decoding": config.decoding.enabled
             and config.decoding.entity_weight > 0,
+            "hard negatives": config.decoding.hard_negatives > 0,
             "the paths of in_backward": config.routing.form == "in_backward",
         }
         reasons = [what for what, used in by_micro_batch.items() if used]

@@ -220,7 +220,7 @@ def test_other_settings_or_other_data_are_refused(study, data):
     config = data.parent / "ds.json"
     config.write_text("{}")
     with pytest.raises(ConfigError, match="another --deepspeed"):
-        study().run(StopRequest(), deepspeed=config)
+        study(seeds=(1, 2, 3)).run(StopRequest(), deepspeed=config)
     write_tiny_corpus(data, train=9, heldout=4)
     with pytest.raises(ConfigError, match="other data"):
         study().run(StopRequest())
@@ -230,8 +230,10 @@ def test_runs_of_one_study_have_as_many_cores_each(study, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.setattr("os.sched_setaffinity", lambda pid, cores: None)
     assert study().run(StopRequest())
+    assert study().run(StopRequest(), parallel=2)  # a report again: nothing runs
     with pytest.raises(ConfigError, match="another number of cores"):
-        study().run(StopRequest(), parallel=2)
+        study(seeds=(1, 2, 3)).run(StopRequest(), parallel=2)
+    assert study(seeds=(1, 2, 3)).run(StopRequest())
 
 
 def test_one_study_at_a_time_works_in_a_folder(study):

@@ -58,7 +58,7 @@ def write_report(folder: Path, result: dict, chosen: Sequence[dict], roles: Stud
         path = figures / "modules_by_time.png"
         if plot_curves(path, full, modules, (LOSS, *METRICS[1:3])):
             document.figure(path, "each module alone (after the paper's Fig. 6)")
-    _say_costs(document, full, arms, figures)
+    _say_costs(document, _done(full), arms, figures)
     _say_grid(document, result["runs"], study)
     _say_rules(document, result)
     return document.write(folder)
@@ -85,7 +85,7 @@ def write_sweep_report(folder: Path, result: dict) -> Path:
     document.heading("Final scores")
     document.table([name, *(m.label for m in metrics), "ms per step"], rows)
     path = folder / "figures" / "sweep.png"
-    if plot_sweep(path, name, values, result["rows"], metrics):
+    if plot_sweep(path, name, values, _done(result["rows"]), metrics):
         document.figure(
             path, f"final scores against {name}; dots are seeds, the line is their mean"
         )

@@ -350,12 +350,18 @@ class Study:
         }
         path = self.folder / "study.json"
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        states = {run.state for run in self.grid()}
+        if states == {"finished"}:
+            states |= {run.state for run in self.rest()}
+        if states in ({"finished"}, {"new"}):  # nothing will run, or nothing has yet
+            found = {key: value for key, value in found.items() if key == "dataset_id"}
         for key, (what, value) in wanted.items():
             if found.get(key, value) != value:
                 raise ConfigError(
                     f"{self.folder} holds a study of {what}: choose another --output_dir"
                 )
-        write_json(path, {key: value for key, (_, value) in wanted.items()})
+        if states != {"finished"} or not path.is_file():
+            write_json(path, {key: value for key, (_, value) in wanted.items()})
 
     def _score_mentions(self, runner: Runner) -> bool:
         """Scores the corpus's mentions (Eq. 1) before the first run, where nobody has yet.

@@ -51,9 +51,9 @@ _PREFETCHED_MICRO_BATCHES = 4  # per loader process
 # anew each time it is drawn.
 _DRAWN = 1 << 48
 # Not the run's: every run is scored on the same masked positions, whatever it trains on.
-HELDOUT_BATCH = 32  # sequences that `train.eval_batches` counts by
 _HELDOUT_SEED = 0
 _HELDOUT_MLM_PROBABILITY = 0.15
+HELDOUT_BATCH = 32  # sequences that `train.eval_batches` counts by
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:

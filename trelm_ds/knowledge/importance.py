@@ -148,6 +148,7 @@ def score_importance(
     rank: int = 0,
     world_size: int = 1,
     group=None,
+    keep: bool = False,
 ) -> dict | None:
     """Scores the train split of a prepared folder and replaces ``tables/importance.npy``.
 
@@ -163,6 +164,7 @@ def score_importance(
         batch_tokens: most tokens of one forward, padding included.
         rank, world_size: each rank scores a contiguous share; all have to call.
         group: host-side process group; used with more than one rank only.
+        keep: scores that somebody else has written by the end stay; the result is not theirs.
     Returns:
         The contents of ``importance.json``; None on ranks above 0.
     Raises:
@@ -214,8 +216,11 @@ def score_importance(
                 "spans": len(scores),
                 "mean": float(scores.mean()) if len(scores) else 1.0,
             }
-            save_array(tables / "importance.npy", scores)
-            write_text(tables / "importance.json", json.dumps(report, indent=2) + "\n")
+            if keep and (tables / "importance.json").exists():
+                logger.info("another run has scored %s meanwhile: its scores are kept", data_dir)
+            else:
+                save_array(tables / "importance.npy", scores)
+                write_text(tables / "importance.json", json.dumps(report, indent=2) + "\n")
         barrier(group)
     finally:
         parts[rank].unlink(missing_ok=True)
