@@ -292,7 +292,7 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trelm_ds.knowledge.graph.os.fsync", full_disk)
+    monkeypatch.setattr("trelm_ds.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_array(path, np.zeros(1, dtype=np.int32))
     assert load_array(path, "int32", (5,)).tolist() == [0, 1, 2, 3, 4]

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from trelm_ds.config import MemoryConfig
-from trelm_ds.data import versioned
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.memory import index as index_module
 from trelm_ds.memory.bank import MemoryBank
@@ -202,7 +201,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr(versioned.os, "replace", fail)
+    monkeypatch.setattr("trelm_ds.files.os.replace", fail)
     with pytest.raises(OSError, match="no space"):
         write_table(tmp_path, table_of(1), 1)
     assert list(tmp_path.iterdir()) == []

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from model.model_batches import make_config
+from multiprocess import run_ranks
 from tiny_corpus import MASK, PAD, UNK, write_tiny_corpus
 
+from trelm_ds.distributed import cpu_group
 from trelm_ds.errors import ConfigError
-from trelm_ds.knowledge import importance
 from trelm_ds.knowledge.graph import KnowledgeTables
 from trelm_ds.knowledge.importance import score_importance, score_samples, semantic_importance
 from trelm_ds.model import MaskedLanguageModel, build_backbone
@@ -97,19 +98,33 @@ def test_batching_by_length_changes_nothing():
     assert empty.shape == (0,) and empty.dtype == np.float32
 
 
-def test_two_ranks_write_what_one_writes(tmp_path, monkeypatch):
+def score(rank, world_size, folder, vocab_size):
+    model = _model(vocab_size)
+    return score_importance(model, folder, rank=rank, world_size=world_size, group=cpu_group())
+
+
+def test_two_ranks_write_what_one_writes(tmp_path):
+    corpus = write_tiny_corpus(tmp_path, train=9, heldout=2)
+    tables, vocab_size = tmp_path / "tables", len(corpus.words)
+    alone = score_importance(_model(vocab_size), tmp_path)
+    scores = np.load(tables / "importance.npy")
+    (tables / "importance.npy").unlink()
+    main, other = run_ranks(score, 2, tmp_path, vocab_size)
+    assert other is None and main == alone | {"mean": main["mean"]}
+    np.testing.assert_allclose(np.load(tables / "importance.npy"), scores, rtol=1e-5)
+    assert not list(tables.glob(".tmp*"))
+
+
+def test_scores_that_another_run_has_written_meanwhile_stay(tmp_path):
     corpus = write_tiny_corpus(tmp_path, train=9, heldout=2)
     model = _model(len(corpus.words))
+    (tmp_path / "tables" / "importance.json").write_text("theirs")
+    before = (tmp_path / "tables" / "importance.npy").read_bytes()
+    score_importance(model, tmp_path, keep=True)
+    assert (tmp_path / "tables" / "importance.json").read_text() == "theirs"
+    assert (tmp_path / "tables" / "importance.npy").read_bytes() == before
     score_importance(model, tmp_path)
-    alone = np.load(tmp_path / "tables" / "importance.npy")
-    (tmp_path / "tables" / "importance.npy").unlink()
-    waited = []
-    monkeypatch.setattr(importance, "barrier", lambda group: waited.append(group))
-    assert score_importance(model, tmp_path, rank=1, world_size=2, group="g") is None
-    assert not (tmp_path / "tables" / "importance.npy").exists()
-    assert score_importance(model, tmp_path, rank=0, world_size=2, group="g") is not None
-    assert waited == ["g"] * 4  # before the parts are joined and after
-    np.testing.assert_allclose(np.load(tmp_path / "tables" / "importance.npy"), alone, rtol=1e-5)
+    assert (tmp_path / "tables" / "importance.json").read_text() != "theirs"
 
 
 def test_unknown_options_are_refused(tmp_path):
