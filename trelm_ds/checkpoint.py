@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from trelm_ds.distributed import World, barrier, gather_objects
 from trelm_ds.errors import CheckpointError
-from trelm_ds.files import file_sha256, fsync, fsync_tree, write_text
+from trelm_ds.files import file_sha256, fsync, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +236,8 @@ class Checkpointer:
     def _publish(self, temporary: Path, final: Path, hashes: dict) -> None:
         manifest = {"format": FORMAT, "files": dict(sorted(hashes.items()))}
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        fsync_tree(temporary)
+        for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+            fsync(folder)  # their files are on the disk since they were hashed
         if final.exists():  # never the one to resume from: that one's step is not saved again
             shutil.rmtree(final)
         os.replace(temporary, final)

@@ -96,9 +96,10 @@ def declared_study(
     if args.select_by.startswith(("eval/report_", "eval/probe_")):
         raise ConfigError(
             f"--select_by {args.select_by}: settings are chosen by facts that are not reported: "
-            f"eval/select_p1, or eval/mlm_loss"
+            "eval/select_p1, or eval/mlm_loss"
         )
-    if args.select_by == "time" and race is None:
+    is_race = args.select_by == "time"
+    if is_race and race is None:
         raise ConfigError("--select_by time: there is no baseline here whose targets are raced to")
     rates = args.learning_rates
     if len(set(rates)) < len(rates):
@@ -121,10 +122,10 @@ def declared_study(
         list(range(1, args.seeds + 1)),
         [Budget.parse(text) for text in args.budget],
         settings,
-        SELECT_BY if args.select_by == "time" else args.select_by,
+        SELECT_BY if is_race else args.select_by,
         start,
         export,
-        race if args.select_by == "time" else None,
+        race if is_race else None,
     )
 
 

@@ -41,9 +41,8 @@ def write_report(folder: Path, result: dict, chosen: Sequence[dict], roles: Stud
     _say_finals(document, chosen, arms, study)
     _say_equal_time(document, result, arms)
     _say_downstream(document, result, arms)
-    if arms_of_table := [arm for arm in roles.ablations if arm in arms]:
-        if arms_of_table[0] == roles.ablations[0]:  # the whole, which the others are less of
-            _say_ablations(document, full, arms_of_table)
+    if roles.ablations and roles.ablations[0] in arms:  # the whole, which the others are less of
+        _say_ablations(document, full, [arm for arm in roles.ablations if arm in arms])
     figures = folder / "figures"
     document.heading("Curves")
     shown = ((LOSS,), "held-out MLM loss (after the paper's Fig. 4)", "loss")

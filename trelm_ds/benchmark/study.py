@@ -18,7 +18,7 @@ from pathlib import Path
 from trelm_ds.benchmark.arms import Arm
 from trelm_ds.benchmark.results import write_json
 from trelm_ds.benchmark.runner import Run, Runner
-from trelm_ds.benchmark.targets import METRICS, Metric, crossing, curve, target_of
+from trelm_ds.benchmark.targets import METRICS, Metric, crossing, goals_of
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.stopping import StopRequest
@@ -205,15 +205,9 @@ class Study:
         metrics = (Metric(self.select_by, ""), METRICS[0])
         for arm in self.arms:
             if arm.name in self.race.baselines and (arm.name, full) in best:
-                rate = best[arm.name, full]
-                evaluations = self.declare(arm, rate, self.seeds[0]).result()["evaluations"]
-                curves = [curve(evaluations, metric.key) for metric in metrics]
-                if all(curves):
-                    targets = [
-                        target_of(points, metric, self.race.tolerance)
-                        for points, metric in zip(curves, metrics, strict=True)
-                    ]
-                    goals.append(list(zip(metrics, targets, strict=True)))
+                result = self.declare(arm, best[arm.name, full], self.seeds[0]).result()
+                if found := goals_of(result, metrics, self.race.tolerance):
+                    goals.append(found)
 
         def standing(arm: Arm, budget: Budget, rate: float) -> tuple:
             result = self.declare(arm, rate, self.seeds[0], budget).result()

@@ -214,14 +214,10 @@ def convergence_rows(
         for baseline in baselines:
             for (arm, seed), of_arm in runs.items():
                 reference = runs.get((baseline, seed), [None])[0]
-                finals = [_finished_curve(reference, part) for part in parts]
+                goals = goals_of(reference, parts, tolerance)
                 full = curve(of_arm[0]["evaluations"], parts[0].key)
-                if not full or not all(finals):
+                if not full or not goals:
                     continue
-                goals = [
-                    (part, target_of(points, part, tolerance))
-                    for part, points in zip(parts, finals, strict=True)
-                ]
                 first, there = None, None
                 for run in of_arm:
                     found = crossing(run, goals)
@@ -246,6 +242,16 @@ def convergence_rows(
                     }
                 )
     return rows
+
+
+def goals_of(
+    run: dict | None, metrics: Sequence[Metric], tolerance: float
+) -> list[tuple[Metric, float]]:
+    """The targets that a baseline's run sets; empty where it lacks one of the scores."""
+    finals = [_finished_curve(run, metric) for metric in metrics]
+    if not all(finals):
+        return []
+    return [(m, target_of(points, m, tolerance)) for m, points in zip(metrics, finals, strict=True)]
 
 
 def crossing(run: dict, goals: Sequence[tuple[Metric, float]]) -> Point | None:
