@@ -138,7 +138,7 @@ def test_nothing_waits_for_the_memory_bank_before_its_commit(bank_device, monkey
         cls = output.cls[step.batch.mention_spans[:, 0]]
         bank.stage(host.mention_keys, host.stream_positions[sequences], output.local_memory, cls)
         interval.add(output)
-    assert found == [] and rows.local.device == rows.count.device == DEVICE
+    assert found == [] and rows.local.device == rows.global_.device == DEVICE
     if bank_device == "cpu":
         with host_waits() as found:
             bank.commit(1)

@@ -68,7 +68,7 @@ def test_local_memory_of_no_mention(states):
 @pytest.fixture
 def rows():
     torch.manual_seed(1)
-    return MemoryRows(torch.randn(4, HIDDEN) * 7, torch.randn(4, HIDDEN) * 3, torch.arange(4))
+    return MemoryRows(torch.randn(4, HIDDEN) * 7, torch.randn(4, HIDDEN) * 3)
 
 
 def test_literal_rows_are_the_memory_term_of_eq7_as_printed(rows):

@@ -172,7 +172,7 @@ def make_memory(batch, hidden_size=16, seed=3):
     count = len(batch.mention_keys)
     local = torch.randn(count, hidden_size, generator=generator)
     global_ = torch.randn(count, hidden_size, generator=generator)
-    return MemoryRows(local, global_, torch.ones(count, dtype=torch.int64))
+    return MemoryRows(local, global_)
 
 
 ONES = Normalizers(mlm=1.0, cka=1.0, entity=1.0, text=1.0, objects=1.0)

@@ -47,12 +47,10 @@ class MemoryRows:
     Attributes:
         local: float32 [M, d], Eq. 5.
         global_: float32 [M, d], Eq. 6; equal to ``local`` before the key's first visit.
-        count: int64 [M], distinct (sequence, key) pairs behind ``global_``; 0 before the first.
     """
 
     local: Tensor
     global_: Tensor
-    count: Tensor
 
 
 class MemoryBank:
@@ -162,10 +160,8 @@ class MemoryBank:
         asked, inverse = _send(asked, self.device), _send(inverse, self.device)
         mine = self._exchange(asked, send, receive) - self._first
         rows = self._exchange(self._rows.index_select(0, mine), receive, send)
-        count = self._exchange(self._count.index_select(0, mine), receive, send)
-        rows, count = rows.index_select(0, inverse), count.index_select(0, inverse)
-        rows, count = _send(rows, device), _send(count, device)
-        return MemoryRows(local=rows[:, 0], global_=rows[:, 1], count=count)
+        rows = _send(rows.index_select(0, inverse), device)
+        return MemoryRows(local=rows[:, 0], global_=rows[:, 1])
 
     def stage(self, keys: Tensor, sequence_ids: Tensor, local: Tensor, cls: Tensor) -> None:
         """Keeps a micro-batch's contributions until the step's commit; not collective.
