@@ -17,10 +17,10 @@ def ratio(method, metric, **changes):
     return row | {"mlm_loss": 5.1, "baseline_mlm_loss": 5.0} | changes
 
 
-def write(results, ratios):
+def write(results, ratios, start=None):
     folder = results / "2026-01-02-study"
     folder.mkdir(parents=True)
-    study = {"data": "tiny", "seeds": [1, 2, 3]}
+    study = {"data": "tiny", "seeds": [1, 2, 3], "settings": {}, "start": start}
     content = {"kind": "convergence", "ratios": ratios, "study": study}
     (folder / "convergence.json").write_text(json.dumps(content))
     (folder / "REPORT.md").write_text("")
@@ -39,18 +39,34 @@ def test_a_study_and_whole_models_are_shown_newest_first(tmp_path):
         ratio("dkplm", "eval/report_p1"),
         ratio("mlm", "eval/report_p1"),
         ratio("trelm", "eval/report_p1", baseline="dkplm-encoder", time_ratio=0.3),
-        ratio("trelm", "eval/report_p1_tail", time_ratio=None, reached=1),
+        ratio("trelm", "eval/mlm_loss", time_ratio=None, reached=1),
         ratio("trelm", "eval/report_p1"),
         ratio("trelm", "eval/report_p1+text", time_ratio=0.6, high=None),
     ]
     write(tmp_path / "results", ratios)
-    lines = summary_table(tmp_path / "results", tmp_path).splitlines()[2:]
-    assert len(lines) == 4
-    assert "P@1 all, text kept" in lines[0] and "0.60 (0.30 to –)" in lines[0]
-    assert "0.40 (0.30 to 0.50); MLM loss then 5.100, its 5.000" in lines[1]
-    assert "not reached (1/3)" in lines[2]
-    assert lines[1].endswith("[2026-01-02-study](results/2026-01-02-study/REPORT.md) |")
-    assert "12 layers" in lines[3] and "`block.25` 0.70" in lines[3] and "dense`" in lines[3]
+    lines = summary_table(tmp_path / "results", tmp_path).splitlines()
+    assert [line.count("|") for line in lines] == [6, 6, 6, 0, 4, 4, 4]
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells == [
+        "`trelm`, tiny, from scratch, 3 seeds",
+        "0.60 (0.30 to –) of `dkplm`'s",
+        "0.40 (0.30 to 0.50) of `dkplm`'s",
+        "not reached (1/3) of `dkplm`'s",
+        "[2026-01-02-study](results/2026-01-02-study/REPORT.md)",
+    ]
+    assert "12 layers" in lines[6] and "`block.25` 0.70" in lines[6] and "dense" not in lines[6]
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [
+        ({"method": "mlm", "steps": 9, "from": None}, "from 9 steps of `mlm`, 3"),
+        ({"method": "mlm", "steps": 9, "from": "base"}, "from 9 steps of `mlm` after base, 3"),
+    ],
+)
+def test_a_study_says_what_its_runs_went_on_from(tmp_path, start, told):
+    write(tmp_path / "results", [ratio("trelm", "eval/report_p1")], start)
+    assert told in summary_table(tmp_path / "results", tmp_path)
 
 
 def test_only_what_lies_between_the_marks_is_replaced(tmp_path, capsys):

@@ -10,7 +10,7 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trelm_ds.benchmark.report import ratio_cell
@@ -23,9 +23,14 @@ logger = logging.getLogger(__name__)
 
 BEGIN = "<!-- results: python launch/benchmark.py summary -->"
 END = "<!-- /results -->"
-HEADER = "| measured | against | result | report |\n|---|---|---|---|"
-# Of a study: facts with the text kept, facts alone, text alone.
-SHOWN = (*JOINT[:2], *METRICS[1:3], METRICS[0])
+# Of a study: facts with the text kept, facts alone, text alone. The rest is in its report.
+SHOWN = (JOINT[0], METRICS[1], METRICS[0])
+STUDIES = (
+    "time to a baseline's own quality, as a share of its time",
+    *(metric.label for metric in SHOWN),
+    "report",
+)
+STEPS = ("time of a training step, as a share of `dense`'s", "arms", "report")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +51,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
 
 
 def summary_table(results: Path, readme: Path) -> str:
-    """The Markdown table of all results, newest first.
+    """Markdown tables of all results, newest first: studies, then step times.
 
     Args:
         results: folder of JSON files and of folders with one; names begin with a date.
@@ -54,7 +59,7 @@ def summary_table(results: Path, readme: Path) -> str:
     Raises:
         DataError: a file is not JSON.
     """
-    rows = []
+    studies, steps = [], []
     for path in sorted(results.rglob("*.json"), key=lambda p: p.relative_to(results), reverse=True):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
@@ -65,40 +70,50 @@ def summary_table(results: Path, readme: Path) -> str:
         report = path.with_name("REPORT.md")
         link = os.path.relpath(report if report.is_file() else path, readme)
         name = path.relative_to(results).parts[0].removesuffix(".json")
-        lines = {"convergence": _study_lines, "step": _step_lines}.get(result.get("kind"))
-        for cells in lines(result) if lines else ():
-            rows.append(f"| {' | '.join(cells)} | [{name}]({link}) |")
-    return "\n".join([HEADER, *rows])
+        if result.get("kind") == "convergence":
+            studies += [(*cells, f"[{name}]({link})") for cells in _study_lines(result)]
+        elif result.get("kind") == "step":
+            steps += [(*cells, f"[{name}]({link})") for cells in _step_lines(result)]
+    return "\n\n".join(_table(*part) for part in ((STUDIES, studies), (STEPS, steps)) if part[1])
 
 
-def _study_lines(result: dict) -> Iterator[tuple[str, str, str]]:
-    """TRELM's time to a baseline's scores, that of the least gain. The rest is in the report."""
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _study_lines(result: dict) -> Iterator[tuple[str, ...]]:
+    """A line for each TRELM: its time to the scores of the baseline that leaves it least gain."""
     study = result["study"]
-    seeds = len(study["seeds"])
+    what = f"{study['data']}, {_start(study)}, {len(study['seeds'])} seeds"
     headline = least_gains(result["ratios"])  # older files have another rule's
-    for metric in SHOWN:
-        for (method, key), row in headline.items():
-            if key != metric.key or method == row["baseline"] or not method.startswith("trelm"):
-                continue
-            cell = ratio_cell(row)
-            if metric in METRICS[1:] and None not in (row["mlm_loss"], row["baseline_mlm_loss"]):
-                cell += f"; MLM loss then {row['mlm_loss']:.3f}, its {row['baseline_mlm_loss']:.3f}"
-            yield (
-                f"time of `{method}` to {metric.label}, {study['data']}, {seeds} seeds",
-                f"`{row['baseline']}`'s own",
-                cell,
-            )
+    for method in dict.fromkeys(row["method"] for row in result["ratios"]):
+        rows = [headline.get((method, metric.key)) for metric in SHOWN]
+        if method.startswith("trelm") and any(row and row["baseline"] != method for row in rows):
+            yield f"`{method}`, {what}", *map(_share, rows)
 
 
-def _step_lines(result: dict) -> Iterator[tuple[str, str, str]]:
+def _share(row: dict | None) -> str:
+    return ratio_cell(row) if row is None else f"{ratio_cell(row)} of `{row['baseline']}`'s"
+
+
+def _start(study: dict) -> str:
+    """What the runs went on from."""
+    start = study.get("start")
+    folder = (start or {}).get("from") or study["settings"].get("model.model_name_or_path")
+    if start is None:
+        return f"from {folder}" if folder else "from scratch"
+    trained = f"from {start['steps']} steps of `{start['method']}`"
+    return f"{trained} after {folder}" if folder else trained
+
+
+def _step_lines(result: dict) -> Iterator[tuple[str, str]]:
     """Step times of one machine in one line; only whole models."""
     rows = [r for r in result["rows"] if r.get("layers", 0) >= 12 and r["arm"] != "dense"]
     if rows:
         first = rows[0]
-        cells = ", ".join(f"`{row['arm']}` {row['ratio_to_dense']:.2f}" for row in rows)
         yield (
-            f"step time, {first['layers']} layers, {first['batch_size']} x "
-            f"{first['sequence_length']} tokens, {first['dtype']}, {first['device']}",
-            "`dense`",
-            cells,
+            f"{first['layers']} layers, {first['batch_size']} x {first['sequence_length']} tokens, "
+            f"{first['dtype']}, {first['device']}",
+            ", ".join(f"`{row['arm']}` {row['ratio_to_dense']:.2f}" for row in rows),
         )
