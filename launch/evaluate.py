@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trelm_ds.downstream.settings import DEFAULTS, FineTuning
-from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError, one_line
+from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError, one_line, report
 from trelm_ds.files import write_text
 
 # task -> (what it is, what --data is)
@@ -78,8 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             write_text(args.json, text)
     except (TrelmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+        return report(error)
     print(text, end="")
     return EXIT_DONE
 

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from trelm_ds.errors import EXIT_DONE, CheckpointError, TrelmError
+from trelm_ds.errors import EXIT_DONE, CheckpointError, TrelmError, report
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -37,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         metrics = last_evaluation(checkpoint.parent.parent / "metrics.jsonl", step)
         export_model(state, checkpoint, args.output_dir, metrics=metrics, overwrite=args.overwrite)
     except (TrelmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+        return report(error)
     print(args.output_dir)
     return EXIT_DONE
 

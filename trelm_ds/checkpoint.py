@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from trelm_ds.distributed import World, barrier, gather_objects
+from trelm_ds.distributed import World, barrier, first_problem, gather_objects
 from trelm_ds.errors import CheckpointError
 from trelm_ds.files import file_sha256, fsync, write_text
 
@@ -114,12 +114,6 @@ def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def _agree(problem: str | None, group=None) -> str | None:
-    """The first rank's problem, the same on every rank, so that all go the same way."""
-    problems = [f"rank {r}: {p}" for r, p in enumerate(gather_objects(problem, group)) if p]
-    return problems[0] if problems else None
-
-
 class Checkpointer:
     """Saves and restores a run under ``OUTPUT_DIR/checkpoints``.
 
@@ -209,7 +203,7 @@ class Checkpointer:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError
             problem = f"{type(error).__name__}: {error}"
-        if problem := _agree(problem, self._group):
+        if problem := first_problem(problem, self._group):
             if self._world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             barrier(self._group)
@@ -292,7 +286,7 @@ class Checkpointer:
             problem = str(error)
         except OSError as error:  # a bad sector, a stale handle: an older one may be readable
             problem = f"{folder} cannot be read: {error}"
-        return _agree(problem, self._group)
+        return first_problem(problem, self._group)
 
     def restore(self, folder: Path, engine, bank, routing, sampling=None) -> TrainState:
         """Loads a verified checkpoint into the engine, memory bank, routing and sampling.

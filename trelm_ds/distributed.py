@@ -144,6 +144,12 @@ def gather_objects(value, group=None) -> list:
     return values
 
 
+def first_problem(problem: str | None, group=None) -> str | None:
+    """The first rank's problem, the same on every rank, so that all go the same way."""
+    problems = [f"rank {r}: {p}" for r, p in enumerate(gather_objects(problem, group)) if p]
+    return problems[0] if problems else None
+
+
 def barrier(group=None) -> None:
     if is_initialised() and dist.get_world_size() > 1:
         dist.barrier(group=group)

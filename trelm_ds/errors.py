@@ -1,7 +1,10 @@
 """Errors a user can act on, each one clear line, and the exit codes they end with."""
 
+import sys
+
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
+EXIT_FAILED = 1
 EXIT_STOPPED = 75  # stopped on request, checkpoint written: start again to go on
 
 
@@ -27,3 +30,13 @@ def one_line(error: Exception, limit: int = 300) -> str:
     """Another library's message as one line of at most ``limit`` characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def report(error: Exception) -> int:
+    """Says on stderr in one line what went wrong; the exit code of a script that ends by it.
+
+    Args:
+        error: a ``TrelmError``, or an OSError that no one could foresee: a full disk.
+    """
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return getattr(error, "exit_code", EXIT_FAILED)

@@ -23,7 +23,7 @@ from trelm_ds.config import Config
 from trelm_ds.data.candidates import EntityCandidates
 from trelm_ds.data.collate import Batch
 from trelm_ds.data.rng import HARD_NEGATIVES, generator
-from trelm_ds.distributed import World, barrier, gather_objects
+from trelm_ds.distributed import World, barrier, first_problem, gather_objects
 from trelm_ds.errors import TrelmError
 from trelm_ds.memory.bank import MemoryBank
 from trelm_ds.memory.index import NeighbourTable, build_table, hard_negative_tokens, table_path
@@ -122,9 +122,9 @@ class HardNegatives:
                 part()
             except (OSError, SafetensorError) as error:
                 problem = str(error)
-            if problems := [p for p in gather_objects(problem, self._group) if p]:
+            if problem := first_problem(problem, self._group):
                 if self._world.is_main:
-                    logger.warning("hard negatives: version %d not built: %s", version, problems[0])
+                    logger.warning("hard negatives: version %d not built: %s", version, problem)
                     shutil.rmtree(folder, ignore_errors=True)
                 return False
         return True

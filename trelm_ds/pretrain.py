@@ -13,7 +13,14 @@ from pathlib import Path
 from trelm_ds.arguments import parse_arguments
 from trelm_ds.config import Config
 from trelm_ds.distributed import World, barrier, gather_objects, get_world
-from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, TrelmError
+from trelm_ds.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    ConfigError,
+    DataError,
+    TrelmError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -259,10 +266,10 @@ def main(argv: list[str] | None = None) -> int:
         code = run(sys.argv[1:] if argv is None else argv, stop)
     except (TrelmError, OSError) as error:
         _report(error)
-        code = getattr(error, "exit_code", 1)
+        code = getattr(error, "exit_code", EXIT_FAILED)
     except Exception:
         logger.exception("rank %s failed", os.environ.get("RANK", "0"))
-        code = 1
+        code = EXIT_FAILED
     while _held_locks:
         _held_locks.pop().close()
     sys.stdout.flush()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trelm_ds.config import Config
 from trelm_ds.data.tokenizer import tokenizer_digest
-from trelm_ds.distributed import gather_objects
+from trelm_ds.distributed import first_problem, gather_objects
 from trelm_ds.errors import DataError
 from trelm_ds.knowledge.entity_samples import EntitySamples, index_entity_samples, is_indexed
 from trelm_ds.knowledge.graph import graph_digest, tables_digest
@@ -101,7 +101,6 @@ def ensure_entity_samples(
                 index_entity_samples(data_dir)
             except (DataError, OSError) as error:
                 problem = str(error)
-    problems = [p for p in gather_objects(problem, group) if p]  # all ranks stop, or none
-    if problems:
-        raise DataError(problems[0])
+    if problem := first_problem(problem, group):
+        raise DataError(problem)
     return EntitySamples.load(data_dir)

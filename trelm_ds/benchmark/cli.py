@@ -12,7 +12,7 @@ import importlib
 import logging
 import sys
 
-from trelm_ds.errors import ConfigError, TrelmError
+from trelm_ds.errors import ConfigError, TrelmError, report
 from trelm_ds.stopping import StopRequest
 
 # kind -> (module, what --help says)
@@ -74,6 +74,5 @@ def main(argv: list[str] | None = None) -> int:
         # Only the kind that is asked for is imported; the list of all for --help.
         args = build_parser((kind,) if kind else tuple(KINDS)).parse_args(argv)
         return importlib.import_module(KINDS[args.kind][0]).run(args, stop)
-    except TrelmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    except (TrelmError, OSError) as error:
+        return report(error)

@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--downstream_train_samples", type=int, metavar="N", help="at most so many; default all"
     )
+    parser.add_argument(
+        "--downstream_learning_rate",
+        type=float,
+        metavar="X",
+        help="default 2e-5, which suits a BERT-base; small models need more",
+    )
     add_study_arguments(parser, LEARNING_RATES)
 
 
@@ -81,7 +87,10 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     require_folder(args.json)
     tasks = [
         DownstreamTask.parse(
-            text, seeds=args.downstream_seeds, max_train_samples=args.downstream_train_samples
+            text,
+            seeds=args.downstream_seeds,
+            max_train_samples=args.downstream_train_samples,
+            learning_rate=args.downstream_learning_rate,
         )
         for text in args.downstream
     ]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trelm_ds.data.shards import load_manifest
-from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError
+from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError, report
 from trelm_ds.prepare.builder import BuildOptions, build
 from trelm_ds.prepare.ernie import read_ernie
 from trelm_ds.prepare.graphs import read_graph
@@ -264,6 +264,5 @@ def main(argv: list[str] | None = None) -> int:
     try:
         sys.stdout.write(prepare(sys.argv[1:] if argv is None else argv) + "\n")
     except (TrelmError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return getattr(error, "exit_code", 1)
+        return report(error)
     return EXIT_DONE

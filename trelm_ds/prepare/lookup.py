@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trelm_ds.data.schema import ROLE_HEAD
 from trelm_ds.data.shards import load_manifest
-from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError
+from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError, report
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.knowledge.linker import MAX_MENTION_WORDS, EntityLinker
 
@@ -97,9 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.k < 0:
             raise ConfigError(f"--k {args.k}: must not be negative")
         rows = look_up(args.text, args.data, args.k)
-    except TrelmError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return error.exit_code
+    except (TrelmError, OSError) as error:
+        return report(error)
     if args.json:
         result = {"text": args.text, "entities": rows}
         sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
