@@ -14,6 +14,7 @@ from trelm_ds.prepare.builder import BuildOptions, build
 from trelm_ds.prepare.ernie import read_ernie
 from trelm_ds.prepare.graphs import read_graph
 from trelm_ds.prepare.jsonl import read_jsonl
+from trelm_ds.prepare.mixing import mix
 from trelm_ds.prepare.raw import RawCorpus
 from trelm_ds.prepare.reader import ReaderOptions
 from trelm_ds.prepare.rebel import read_rebel
@@ -59,6 +60,15 @@ def _build_parser() -> argparse.ArgumentParser:
         kind.add_argument("--input", nargs="+", type=Path, default=[], metavar="PATH")
         kind.add_argument("--output", required=True, type=Path, metavar="DIR")
         kind.add_argument(
+            "--also",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="KIND=PATH",
+            help="other corpora into the same folder, after this one; what this one holds back is "
+            "left out of their texts",
+        )
+        kind.add_argument(
             "--graph",
             action="append",
             default=[],
@@ -95,7 +105,10 @@ def _build_parser() -> argparse.ArgumentParser:
             help="trex: share of subjects whose facts no text states",
         )
         kind.add_argument(
-            "--limit", type=int, metavar="N", help="documents (trex: facts) to read at most"
+            "--limit",
+            type=int,
+            metavar="N",
+            help="documents (trex: facts) of each corpus to read at most",
         )
         kind.add_argument(
             "--strict", action="store_true", help="a mentioned id that no graph knows is an error"
@@ -179,7 +192,8 @@ def _prepare_corpus(args: argparse.Namespace) -> str:
     )
     for source in args.graph:
         reading.graph.merge(read_graph(source))
-    corpus = READERS[args.kind][0](args.input, reading)
+    sources = [(args.kind, args.input), *_also(args)]
+    corpus = mix([READERS[kind][0](paths, reading) for kind, paths in sources])
     manifest = build(corpus, args.output, reading, options)
     splits, graph = manifest["splits"], manifest["graph"]
     return (
@@ -187,6 +201,20 @@ def _prepare_corpus(args: argparse.Namespace) -> str:
         f"{splits['heldout']['samples']} held-out samples, {splits['train']['tokens']} tokens, "
         f"{graph['entities']} entities, {graph['relations']} relations, {graph['triples']} triples"
     )
+
+
+def _also(args: argparse.Namespace) -> list[tuple[str, list[Path]]]:
+    """Kind and inputs of each corpus of ``--also``; several paths of a kind are one corpus."""
+    found: dict[str, list[Path]] = {}
+    for text in args.also:
+        kind, _, path = text.partition("=")
+        if kind not in READERS or kind == "sample" or not path:
+            kinds = ", ".join(name for name in READERS if name != "sample")
+            raise ConfigError(f"--also {text}: expected KIND=PATH, kinds are {kinds}")
+        if kind == args.kind:
+            raise ConfigError(f"--also {text}: name it with --input, beside the other {kind}")
+        found.setdefault(kind, []).append(Path(path))
+    return list(found.items())
 
 
 def _score(args: argparse.Namespace) -> str:

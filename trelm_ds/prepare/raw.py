@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 
@@ -103,6 +103,9 @@ class RawCorpus:
             filled while it runs, so the builder reads them only after its last document.
         candidates: words a probe may answer; empty: any.
         counts: what the reader dropped or mended, by reason; goes into ``stats.json``.
+        refuses: whether a line of another corpus beside this one would undo what this one holds
+            back: it repeats a sentence, or states a fact that only the graph is to teach. None:
+            nothing is held back by more than the document.
     """
 
     name: str
@@ -111,6 +114,7 @@ class RawCorpus:
     probes: list[RawProbe] = field(default_factory=list)
     candidates: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    refuses: Callable[[str], bool] | None = None
 
 
 def chosen(name: str, fraction: float, seed: int, purpose: str) -> bool:

@@ -24,7 +24,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from trelm_ds.errors import DataError
@@ -43,6 +44,7 @@ from trelm_ds.prepare.reader import ReaderOptions
 MASK = "[MASK]"
 _NOT_LETTERS = re.compile(r"[\W\d_]+")
 _WORD = re.compile(r"\w+")
+_FIRST_WORDS = 4  # by which a repeated sentence is looked up
 
 Fact = tuple[str, str, str]
 
@@ -106,6 +108,57 @@ def _names_both_ends(text: str, subjects: dict[str, list[tuple[str, set[str]]]])
             if name in text and any(other in text for other in objects):
                 return True
     return False
+
+
+class _Refusal:
+    """Whether a line of another corpus repeats a sentence or names both ends of a graph-only fact.
+
+    Case, accents and punctuation do not count, for other corpora are lower-cased or cut into words;
+    of a sentence neither do digits, as where this corpus's own are split. Any name will do for an
+    end: too much is refused rather than too little.
+    """
+
+    def __init__(self, sentences: Iterable[str], subjects: dict[str, list[tuple[str, set[str]]]]):
+        self._sentences: dict[tuple[str, ...], set[str]] = {}  # by their first words
+        for sentence in sentences:
+            words = _words(_NOT_LETTERS.sub(" ", sentence))
+            if words:
+                known = self._sentences.setdefault(tuple(words[:_FIRST_WORDS]), set())
+                known.add(_spaced(words))
+        self._subjects: dict[str, list[tuple[str, list[str]]]] = {}
+        for name, objects in itertools.chain(*subjects.values()):
+            if words := _words(name):
+                ends = [_spaced(_words(other)) for other in objects if _words(other)]
+                self._subjects.setdefault(words[0], []).append((_spaced(words), ends))
+
+    def __call__(self, line: str) -> bool:
+        return self._repeats(_words(_NOT_LETTERS.sub(" ", line))) or self._states(_words(line))
+
+    def _repeats(self, words: list[str]) -> bool:
+        spaced = _spaced(words)
+        # Sentences of fewer words have no key of full length: they are equal to the line or not.
+        last = max(1, len(words) - _FIRST_WORDS + 1)
+        keys = (tuple(words[first : first + _FIRST_WORDS]) for first in range(last))
+        return any(known in spaced for key in keys for known in self._sentences.get(key, ()))
+
+    def _states(self, words: list[str]) -> bool:
+        spaced = _spaced(words)
+        return any(
+            name in spaced and any(end in spaced for end in ends)
+            for word in set(words)
+            for name, ends in self._subjects.get(word, ())
+        )
+
+
+def _words(text: str) -> list[str]:
+    """Its words in lower case and without accents."""
+    decomposed = unicodedata.normalize("NFD", text.casefold())
+    return _WORD.findall("".join(c for c in decomposed if unicodedata.category(c) != "Mn"))
+
+
+def _spaced(words: list[str]) -> str:
+    """With blanks at both ends, so that whole words alone are found in it."""
+    return f" {' '.join(words)} "
 
 
 def read_trex(inputs: list[Path], options: ReaderOptions) -> RawCorpus:
@@ -203,6 +256,7 @@ def read_trex(inputs: list[Path], options: ReaderOptions) -> RawCorpus:
                 corpus.probes.append(
                     RawProbe(fact[1], fact[0], fact[2], question, answer, "context", graph_only)
                 )
+    corpus.refuses = _Refusal(sentences.spans, subjects)
     words = find_file(folder, "common_vocab_cased.txt")
     if words:
         corpus.candidates = [word for _, word in iter_lines(words) if word.strip()]
