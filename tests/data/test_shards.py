@@ -1,5 +1,6 @@
 """Shards: what is written is read, by us and by plain webdataset, and no damage goes unseen."""
 
+import errno
 import json
 import os
 import pickle
@@ -189,6 +190,35 @@ def test_payload_and_index_are_checked_without_the_sha256(folder):
                 reader[i]
         else:
             assert reader[i].id == i
+
+
+@pytest.mark.parametrize("failures", [1, 3, 4])
+def test_a_failed_read_is_tried_again_on_open_files(folder, monkeypatch, failures):
+    reader = ShardReader(folder, load_manifest(folder), "train", verify=False)
+    expected = reader[40].ids.tolist()
+    waited, left = [], [failures]
+
+    def pread(descriptor, size, offset, real=os.pread):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(descriptor, size, offset)
+
+    opened = []
+    monkeypatch.setattr(
+        shards, "_open", lambda *a, real=shards._open: (opened.append(a), real(*a))[1]
+    )
+    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(shards.time, "sleep", waited.append)
+    if failures <= len(shards.READ_WAITS_S):
+        assert reader[40].ids.tolist() == expected
+    else:
+        with pytest.raises(DataError, match="sample 00000040: Stale file handle"):
+            reader[40]
+        assert reader[40].ids.tolist() == expected  # the next request tries again
+    assert waited == list(shards.READ_WAITS_S[:failures])
+    assert len(opened) == 2 * failures  # shard and index, anew after each
+    reader.close()
 
 
 def test_swapped_samples_are_noticed(folder):

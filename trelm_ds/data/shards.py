@@ -15,6 +15,7 @@ import json
 import os
 import re
 import stat
+import time
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -31,6 +32,7 @@ MANIFEST = "manifest.json"
 INDEX_RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 _TAR_BLOCK = 512
 _MAX_MANIFEST_BYTES = 1 << 26
+READ_WAITS_S = (0.1, 2.0, 10.0)  # before a failed read is tried again
 _MAX_OPEN_SHARDS = 128  # two descriptors each; many systems allow 1024 per process
 
 _SHARD_FIELDS = {
@@ -426,12 +428,28 @@ class ShardReader:
     def __getitem__(self, i: int) -> Sample:
         """Sample ``i`` of the split.
 
+        A read that the system fails is tried again on newly opened files: network file systems have
+        bad moments, and handles that go stale.
+
         Raises:
-            DataError: naming shard and key, if any byte of it is not what was written.
+            DataError: naming shard and key, if any byte of it is not what was written, or cannot
+                be read.
         """
         if not 0 <= i < self._samples:
             raise IndexError(i)
         number = bisect.bisect_right(self._first, i) - 1
+        for wait in (*READ_WAITS_S, None):
+            try:
+                return self._read(number, i)
+            except OSError as error:
+                for descriptor in self._open_shards.pop(number, ()):
+                    os.close(descriptor)
+                if wait is None:
+                    path = self._folder / self._shards[number]["name"]
+                    raise DataError(f"{path}: sample {i:08d}: {error.strerror}") from None
+                time.sleep(wait)
+
+    def _read(self, number: int, i: int) -> Sample:
         shard = self._shards[number]
         tar, index = self._descriptors(number)
         size = INDEX_RECORD.itemsize
