@@ -70,11 +70,18 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak device memory, or this process's peak resident set on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
+    return peak_resident_gib()
+
+
+def peak_resident_gib(pid: int | None = None) -> float:
+    """Peak resident set of a living process in GiB; None: of this one. NaN where it is unknown."""
+    status = Path(f"/proc/{pid or 'self'}/status")
     if status.exists():  # not ru_maxrss where it can be had: that counts the parent's size too
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**20  # KiB
+    if pid is not None:
+        return float("nan")
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux: KiB

@@ -79,6 +79,21 @@ class Run:
         return json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
 
 
+def own_cores() -> list[int]:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def bind_to_cores(process: subprocess.Popen, cores: Sequence[int]) -> None:
+    """Keeps a process that has just been started on ``cores``, where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        # At once, before the interpreter has loaded anything that starts threads.
+        with contextlib.suppress(ProcessLookupError):  # it ended already: its exit code says why
+            os.sched_setaffinity(process.pid, cores)
+
+
 def slots(parallel: int) -> list[list[int]]:
     """The cores of this process dealt out to ``parallel`` runs, equally many to each.
 
@@ -88,8 +103,7 @@ def slots(parallel: int) -> list[list[int]]:
     """
     import torch
 
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = sorted(os.sched_getaffinity(0)) if has_affinity else list(range(os.cpu_count() or 1))
+    cores = own_cores()
     if parallel < 1:
         raise ConfigError(f"--parallel {parallel}: must be at least 1")
     if parallel > len(cores):
@@ -101,7 +115,8 @@ def slots(parallel: int) -> list[list[int]]:
     return [cores[i * each : (i + 1) * each] for i in range(parallel)]
 
 
-def _environment(slot: int, cores: Sequence[int], parallel: int) -> dict[str, str]:
+def child_environment(slot: int, cores: Sequence[int], parallel: int) -> dict[str, str]:
+    """Of a run on ``cores``: with as many threads, and one of ``parallel`` on a GPU of its own."""
     env = dict(os.environ)
     # Ranks of a job this process may be in are not the run's.
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -234,14 +249,11 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
-                env=_environment(slot, cores, len(self.slots)),
+                env=child_environment(slot, cores, len(self.slots)),
                 pass_fds=() if self.lock is None else (self.lock.fileno(),),
                 start_new_session=True,  # Ctrl-C is for the study, which passes it on
             )
-        if hasattr(os, "sched_setaffinity"):
-            # At once, before the interpreter has loaded anything that starts threads.
-            with contextlib.suppress(ProcessLookupError):  # it ended already: _ended says why
-                os.sched_setaffinity(process.pid, cores)
+        bind_to_cores(process, cores)
         return process
 
     def _finish_stopped(self, under_way: dict) -> bool:
@@ -258,7 +270,7 @@ class Runner:
         if code == EXIT_STOPPED:
             logger.info("stopped: %s, at %s", run.name, _progress(run))
             return False
-        said = _last_words(run.folder / CONSOLE)
+        said = last_words(run.folder / CONSOLE)
         if code == EXIT_DONE:
             self._wall.append(wall_s)
             result = collect(run)
@@ -373,7 +385,7 @@ def _summary(result: dict) -> str:
     return ", ".join(parts)
 
 
-def _last_words(console: Path) -> str:
+def last_words(console: Path) -> str:
     """The line of a run's output that says why it ended."""
     text = console.read_text(encoding="utf-8", errors="replace") if console.is_file() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -13,8 +13,6 @@ import dataclasses
 import fnmatch
 import functools
 import logging
-import multiprocessing
-import os
 import statistics
 import time
 import types
@@ -26,6 +24,8 @@ import torch
 import torch.distributed as dist
 
 from trelm_ds.benchmark.cost_model import step_flops
+from trelm_ds.benchmark.processes import ProcessDied, in_own_process
+from trelm_ds.benchmark.ranks import choose_device, process_group, this_world
 from trelm_ds.benchmark.results import require_folder, write_result
 from trelm_ds.compact_gradients import CompactGradients
 from trelm_ds.config import Config, RoutingConfig, build_config
@@ -33,7 +33,7 @@ from trelm_ds.data.collate import Batch, Collator, Example
 from trelm_ds.data.masking import Masker
 from trelm_ds.data.sampling import SampledMentions
 from trelm_ds.data.special import SpecialTokens
-from trelm_ds.distributed import cpu_group, gather_vector, get_world
+from trelm_ds.distributed import cpu_group, gather_vector
 from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trelm_ds.metrics import peak_flops, peak_memory_gib, training_flops
 from trelm_ds.model import Normalizers, TrelmModel, build_backbone, parameter_groups
@@ -475,8 +475,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, stop) -> int:
     """``benchmark.py step``: the table on stdout, JSON and PNG where ``--json`` says."""
     require_folder(args.json)
-    env = dict(os.environ)
-    world = get_world(env)
+    world = this_world()
     arms = [a for a in ARMS if any(fnmatch.fnmatch(a, glob) for glob in args.arms)]
     if world.size == 1:
         arms = [a for a in arms if not a.endswith(COMPACT)]
@@ -484,25 +483,16 @@ def run(args: argparse.Namespace, stop) -> int:
         raise ConfigError(f"--arms {' '.join(args.arms)}: none of {', '.join(ARMS)}")
     if args.rounds < 1:
         raise ConfigError(f"--rounds {args.rounds}: must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this machine shows no GPU")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if world.size > 1:
-        os.environ.update(env)
-        if device.type == "cuda":
-            device = torch.device("cuda", world.local_rank)
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device = choose_device(args.device, world)
     if args.threads:
         torch.set_num_threads(args.threads)
     names = [f.name for f in dataclasses.fields(Shapes) if hasattr(args, f.name)]
     shapes = Shapes(**{name: getattr(args, name) for name in names})
     shapes.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    rows = measure(
-        shapes, device, arms, args.rounds, measure_memory=not args.no_peak_memory, stop=stop
-    )
-    if world.size > 1:
-        dist.destroy_process_group()
+    with process_group(world, device):
+        rows = measure(
+            shapes, device, arms, args.rounds, measure_memory=not args.no_peak_memory, stop=stop
+        )
     if rows is None:
         return EXIT_STOPPED
     if not world.is_main:
@@ -517,27 +507,20 @@ def run(args: argparse.Namespace, stop) -> int:
 
 def _peak_memory_mib(shapes: Shapes, name: str) -> float:
     """Peak resident memory of a fresh process that takes two steps of one arm."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_two_steps, args=(shapes, name, sender))
-    process.start()
-    sender.close()
     try:
-        return receiver.recv()
-    except EOFError:
+        return in_own_process(_two_steps, shapes, name)
+    except ProcessDied:
         logger.warning("arm %s: its memory could not be measured", name)
         return float("nan")
-    finally:
-        process.join()
 
 
-def _two_steps(shapes: Shapes, name: str, sender) -> None:
+def _two_steps(shapes: Shapes, name: str, stop) -> float:
     device = torch.device("cpu")
     bench = StepBenchmark(shapes, device)
     arm = _Arm(name, bench)
     for _ in range(2):
         arm.run()
-    sender.send(1024 * peak_memory_gib(device))
+    return 1024 * peak_memory_gib(device)
 
 
 def table(rows: list[dict]) -> str:
