@@ -26,6 +26,7 @@ KINDS = {
         "the same study over forms of knowledge routing",
     ),
     "sweep": ("trelm_ds.benchmark.sweep", "one configuration key over several values"),
+    "memory": ("trelm_ds.benchmark.memory", "lookups and commits of the memory bank, by its size"),
     "masked-adamw": (
         "trelm_ds.benchmark.masked_adamw",
         "the masked AdamW against torch's fused AdamW",
@@ -44,6 +45,8 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(kinds=tuple(KINDS)) -> argparse.ArgumentParser:
     """The parser with the subcommands ``kinds``; their modules are imported only here."""
     parser = _Parser(prog="launch/benchmark.py", description="Benchmarks; each writes one JSON.")
+    # The deepspeed launcher puts it before the kind; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for kind in kinds:
         module, says = KINDS[kind]
@@ -69,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     stop = StopRequest()
     stop.install()
     setup_logging()
-    kind = argv[0] if argv and argv[0] in KINDS else None
+    first = next((word for word in argv if not word.startswith("-")), None)
+    kind = first if first in KINDS else None
     try:
         # Only the kind that is asked for is imported; the list of all for --help.
         args = build_parser((kind,) if kind else tuple(KINDS)).parse_args(argv)

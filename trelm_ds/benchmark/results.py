@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shlex
@@ -97,3 +98,16 @@ def require_folder(path: Path | None, flag: str = "--json") -> None:
     """
     if path is not None and not path.parent.is_dir():
         raise ConfigError(f"{flag} {path}: no such folder")
+
+
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Refuses numbers below 1, and lists that hold one.
+
+    Raises:
+        ConfigError: names the flag and the number.
+    """
+    for name in names:
+        value = getattr(args, name)
+        smallest = min(value) if isinstance(value, list) else value
+        if smallest < 1:
+            raise ConfigError(f"--{name} {smallest}: must be at least 1")

@@ -109,6 +109,11 @@ class MemoryBank:
         self.rejected_rows = 0
         self.max_rejected_rows = 1000
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's share: both vectors and the count of every key it owns."""
+        return self._rows.nbytes + self._count.nbytes
+
     def initialise(self, rows_fn: Callable[[Tensor], Tensor]) -> None:
         """Fills local memory from the keys' names and forgets all visits.
 
