@@ -28,6 +28,7 @@ KINDS = {
     "sweep": ("trelm_ds.benchmark.sweep", "one configuration key over several values"),
     "memory": ("trelm_ds.benchmark.memory", "lookups and commits of the memory bank, by its size"),
     "data": ("trelm_ds.benchmark.data", "the data path, stage by stage"),
+    "scale": ("trelm_ds.benchmark.scale", "whole training steps on 1, 2, ... ranks"),
     "masked-adamw": (
         "trelm_ds.benchmark.masked_adamw",
         "the masked AdamW against torch's fused AdamW",
