@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from trelm_ds.arguments import LineParser
 from trelm_ds.downstream.settings import DEFAULTS, FineTuning
 from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError, one_line, report
 from trelm_ds.files import write_text
@@ -33,13 +34,8 @@ FINE_TUNING = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ConfigError(message)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = LineParser(
         prog="launch/evaluate.py",
         description="Scores of a masked language model without injection and memory.",
     )

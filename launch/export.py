@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Checkpoint to Hugging Face folder: ``python launch/export.py CHECKPOINT DIR``."""
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
 
+from trelm_ds.arguments import LineParser
 from trelm_ds.errors import EXIT_DONE, CheckpointError, TrelmError, report
 
 
@@ -21,13 +21,13 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = LineParser(prog="launch/export.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help=".../checkpoints/step_N, or a run's folder")
     parser.add_argument("output_dir", type=Path, help="Hugging Face folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    args = parser.parse_args(argv)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's conversion needs no accelerator
     try:
+        args = parser.parse_args(argv)
         from trelm_ds.checkpoint import load_model_state
         from trelm_ds.export import export_model, last_evaluation
 

@@ -24,8 +24,8 @@ from trelm_ds.errors import ConfigError
 FLAG_SECTIONS = {"train": TrainConfig, "model": ModelConfig, "data": DataConfig}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors become ConfigError, and an unknown flag names the nearest known one."""
+class LineParser(argparse.ArgumentParser):
+    """An error is a ConfigError, one line, and not two lines and an exit."""
 
     def error(self, message: str):
         raise ConfigError(message)
@@ -60,7 +60,7 @@ def given_config_flags(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = LineParser(
         prog="launch/pretrain.py",
         description="Pre-train a knowledge-enhanced BERT or RoBERTa (TRELM and its baselines).",
         allow_abbrev=False,

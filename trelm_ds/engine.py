@@ -19,6 +19,8 @@ from trelm_ds.gradient_checks import batch_gradient_checks
 
 logger = logging.getLogger(__name__)
 
+NVIDIA_DEVICE = Path("/dev/nvidia0")  # there is a driver for a GPU
+
 
 def read_deepspeed_config(path: str | Path) -> dict:
     """The parsed DeepSpeed JSON.
@@ -146,7 +148,12 @@ def check_tracker(report_to: str) -> None:
 
 
 def local_device(world: World) -> torch.device:
-    """This rank's accelerator, or the CPU."""
+    """This rank's accelerator, or the CPU.
+
+    Raises:
+        ConfigError: a rank without a GPU beside others that have one, or a GPU that torch cannot
+            use: training on the CPU by mistake is found out hours later.
+    """
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if world.local_rank >= count:
@@ -154,6 +161,11 @@ def local_device(world: World) -> torch.device:
                 f"local rank {world.local_rank} has no GPU: this machine shows {count}"
             )
         return torch.device("cuda", world.local_rank)
+    if NVIDIA_DEVICE.exists() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise ConfigError(
+            "this machine has an NVIDIA GPU but torch sees none: its build does not fit the "
+            "driver, or the GPU is not this process's; to train on the CPU set DS_ACCELERATOR=cpu"
+        )
     return torch.device("cpu")
 
 

@@ -191,6 +191,8 @@ def run(argv: list[str], stop) -> int:
     device = engines.local_device(world)
     engines.check_tracker(config.train.report_to)
     given = engines.read_deepspeed_config(args.deepspeed) if args.deepspeed else DEFAULT_DEEPSPEED
+    if world.is_main:
+        _warn_of_the_rate(config)
     bf16 = engines.use_bf16(config, device)
     ds_config = engines.resolve_deepspeed_config(given, config, world.size, bf16)
     if args.dry_run:
@@ -204,6 +206,7 @@ def run(argv: list[str], stop) -> int:
             device.type,
             engines.zero_stage(ds_config),
         )
+        logger.info("to stop with a checkpoint: kill -USR1 %d", os.getpid())
     engines.init_distributed(world, device)
     _prepare_folders(config, world)
     output = Path(config.train.output_dir)
@@ -232,6 +235,20 @@ def run(argv: list[str], stop) -> int:
     stop.ignore()
     barrier()
     return EXIT_DONE if complete else EXIT_STOPPED
+
+
+def _warn_of_the_rate(config: Config) -> None:
+    """The default learning rate is for the sample's small model, and ruins a large one."""
+    from trelm_ds.model import read_backbone_config
+
+    folder, rate = config.model.model_name_or_path, config.train.learning_rate
+    size = read_backbone_config(folder).hidden_size if folder else config.model.hidden_size
+    if size >= 512 and rate > 5e-4:
+        logger.warning(
+            "train.learning_rate %g is far above what a model %d wide takes: 1e-4 or less",
+            rate,
+            size,
+        )
 
 
 def _print_summary(output: Path, trainer) -> None:

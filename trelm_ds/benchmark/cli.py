@@ -12,7 +12,8 @@ import importlib
 import logging
 import sys
 
-from trelm_ds.errors import ConfigError, TrelmError, report
+from trelm_ds.arguments import LineParser
+from trelm_ds.errors import TrelmError, report
 from trelm_ds.stopping import StopRequest
 
 # kind -> (module, what --help says)
@@ -39,14 +40,9 @@ KINDS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ConfigError(message)
-
-
 def build_parser(kinds=tuple(KINDS)) -> argparse.ArgumentParser:
     """The parser with the subcommands ``kinds``; their modules are imported only here."""
-    parser = _Parser(prog="launch/benchmark.py", description="Benchmarks; each writes one JSON.")
+    parser = LineParser(prog="launch/benchmark.py", description="Benchmarks; each writes one JSON.")
     # The deepspeed launcher puts it before the kind; the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="kind", required=True, metavar="KIND")

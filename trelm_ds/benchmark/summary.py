@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from trelm_ds.benchmark.arms import load_table
 from trelm_ds.benchmark.report import ratio_cell
 from trelm_ds.benchmark.targets import JOINT, METRICS, least_gains
 from trelm_ds.errors import EXIT_DONE, DataError
@@ -89,6 +90,8 @@ def _study_lines(result: dict) -> Iterator[tuple[str, ...]]:
     headline = least_gains(result["ratios"])  # older files have another rule's
     for method in dict.fromkeys(row["method"] for row in result["ratios"]):
         rows = [headline.get((method, metric.key)) for metric in SHOWN]
+        if method not in load_table().arms:
+            continue  # of an earlier version: nobody can run it again
         if method.startswith("trelm") and any(row and row["baseline"] != method for row in rows):
             yield f"`{method}`, {what}", *map(_share, rows)
 

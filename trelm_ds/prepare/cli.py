@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from trelm_ds.arguments import LineParser
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError, report
 from trelm_ds.prepare.builder import BuildOptions, build
@@ -43,17 +44,12 @@ READERS: dict[str, tuple[Callable[[list[Path], ReaderOptions], RawCorpus], str]]
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ConfigError(message)
-
-
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = LineParser(
         prog="launch/prepare.py",
         description="Write a prepared data folder from a corpus, or run a step on such a folder.",
     )
-    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=_Parser)
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     defaults, build_defaults = ReaderOptions(), BuildOptions()
     for name, (_, text) in READERS.items():
         kind = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)

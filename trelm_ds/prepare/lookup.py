@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
+from trelm_ds.arguments import LineParser
 from trelm_ds.data.schema import ROLE_HEAD
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError, report
@@ -73,18 +73,13 @@ def _format(row: dict) -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ConfigError(message)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The script.
 
     Returns:
         The exit code.
     """
-    parser = _Parser(
+    parser = LineParser(
         prog="launch/lookup.py",
         description="Entities and triples that a prepared data folder has for a mention or a text.",
     )
