@@ -144,15 +144,22 @@ def score_heldout(args, model, tokenizer, device) -> dict:
     from trelm_ds.config import load_config
     from trelm_ds.data.loader import heldout_batches
     from trelm_ds.data.shards import load_manifest
+    from trelm_ds.data.tokenizer import load_tokenizer
     from trelm_ds.errors import DataError
     from trelm_ds.evaluate import heldout_mlm_loss
     from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+    from trelm_ds.model import max_positions
 
     manifest = load_manifest(args.data)
-    if manifest["tokenizer"]["vocab_size"] != len(tokenizer):
+    if load_tokenizer(args.data / "tokenizer").get_vocab() != tokenizer.get_vocab():
         raise DataError(
-            f"{args.model} has {len(tokenizer)} tokens but the data folder's tokenizer has "
-            f"{manifest['tokenizer']['vocab_size']}: losses would not be comparable"
+            f"{args.model} and {args.data} have different vocabularies: the token ids of the one "
+            "mean nothing to the other"
+        )
+    if manifest["max_seq_length"] > (longest := max_positions(model.backbone.config)):
+        raise DataError(
+            f"{args.data} has sequences of up to {manifest['max_seq_length']} tokens, {args.model} "
+            f"positions for {longest}"
         )
     config = load_config(
         "mlm",

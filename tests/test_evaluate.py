@@ -139,6 +139,11 @@ def test_facts_of_selection_and_of_report_are_disjoint():
     assert 0.22 < sum(chosen) / len(chosen) < 0.28
     # A fact is on one side whatever the sentence that asks for it.
     assert chosen == [is_selection_fact(f | {"text": "other", "answer": "b"}) for f in facts]
+    # Where they are named by id, their numbers in the folder do not matter.
+    named = [f | {"subject_id": f"Q{f['subject']}", "object_id": "Q1"} for f in facts]
+    by_id = [is_selection_fact(fact) for fact in named]
+    assert 0.22 < sum(by_id) / len(by_id) < 0.28
+    assert by_id == [is_selection_fact(f | {"subject": 1, "object": 2}) for f in named]
     # Without entities the question and its answer stand for the fact.
     bare = [{k: f[k] for k in ("relation", "text", "answer")} for f in facts]
     assert 0.22 < sum(is_selection_fact(f) for f in bare) / len(bare) < 0.28
@@ -191,7 +196,7 @@ def test_without_candidates_every_token_but_the_specials_competes(data, tmp_path
     [
         ("not json", "not valid JSON"),
         ('{"relation": "P1"}', "'text' is missing"),
-        ('["a list"]', "'relation' is missing"),
+        ('["a list"]', "expected a JSON object"),
         (
             '{"relation": "P1", "text": "no mask", "answer": "a", "set": "template", '
             '"tail": false, "graph_only": false}',

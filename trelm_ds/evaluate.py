@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from trelm_ds.distributed import gather_vector
 from trelm_ds.errors import DataError
 from trelm_ds.losses import mlm_losses
 from trelm_ds.model import max_positions
+from trelm_ds.prepare.files import iter_jsonl, iter_lines
 
 MASK = "[MASK]"  # what probe files write, whatever the tokenizer's mask token
 SPLITS = ("all", "tail", "graph_only", "template", "context")
@@ -173,7 +173,7 @@ def read_probe(data_dir: str | Path, tokenizer, max_length: int | None = None) -
         raise DataError(f"{folder}: no probe files (*.jsonl)")
     records = [record for file in files for record in _read_records(file)]
     words = folder / "candidates.txt"
-    listed = words.read_text(encoding="utf-8").split("\n") if words.is_file() else None
+    listed = [line for _, line in iter_lines(words)] if words.is_file() else None
     candidates = {}
     for spaced in (False, True):
         if listed is None:
@@ -193,32 +193,30 @@ _FIELDS = {
 
 
 def _read_records(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                raise DataError(f"{path}:{number}: not valid JSON") from None
-            for name, kind in _FIELDS.items():
-                if not isinstance(record, dict) or type(record.get(name)) is not kind:
-                    raise DataError(f"{path}:{number}: {name!r} is missing or not {kind.__name__}")
-            if record["text"].count(MASK) != 1:
-                raise DataError(f"{path}:{number}: the text must hold {MASK} exactly once")
-            if record["set"] not in ("template", "context"):
-                raise DataError(f"{path}:{number}: set {record['set']!r} is unknown")
-            yield record
+    for where, record in iter_jsonl(path):
+        for name, kind in _FIELDS.items():
+            if type(record.get(name)) is not kind:
+                raise DataError(f"{where}: {name!r} is missing or not {kind.__name__}")
+        if record["text"].count(MASK) != 1:
+            raise DataError(f"{where}: the text must hold {MASK} exactly once")
+        if record["set"] not in ("template", "context"):
+            raise DataError(f"{where}: set {record['set']!r} is unknown")
+        yield record
 
 
 def is_selection_fact(record: dict) -> bool:
     """Whether a probe record is one that settings are chosen by, and not one that is reported.
 
     About a quarter are. A hash of the fact (relation, subject, object) decides, so that a fact's
-    template and its sentences fall on the same side, in every run and on every machine.
+    template and its sentences fall on the same side, in every run, on every machine, and in every
+    folder that names its entities by id.
     """
-    subject = record.get("subject", record["text"])  # LAMA's own files name no entities
-    fact = f"{record['relation']}\t{subject}\t{record.get('object', record['answer'])}"
+    if "object_id" in record:
+        subject, object_ = record["subject_id"], record["object_id"]
+    else:  # a folder of an earlier version, or LAMA's own files, which name no entities
+        subject = record.get("subject", record["text"])
+        object_ = record.get("object", record["answer"])
+    fact = f"{record['relation']}\t{subject}\t{object_}"
     digest = hashlib.blake2b(fact.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % SELECT_ONE_IN == 0
 

@@ -192,6 +192,26 @@ def test_payload_and_index_are_checked_without_the_sha256(folder):
             assert reader[i].id == i
 
 
+def test_a_failed_open_is_tried_again(folder, monkeypatch):
+    waited, left = [], [3]
+
+    def opening(*args, real=os.open):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(shards.time, "sleep", waited.append)
+    reader = ShardReader(folder, load_manifest(folder), "train")
+    reader.verify_all()
+    assert waited == list(shards.READ_WAITS_S)
+    left[0] = 9
+    with pytest.raises(DataError, match="train-00000.tar: Input/output error"):
+        ShardReader(folder, load_manifest(folder), "train").verify_all()
+    reader.close()
+
+
 @pytest.mark.parametrize("failures", [1, 3, 4])
 def test_a_failed_read_is_tried_again_on_open_files(folder, monkeypatch, failures):
     reader = ShardReader(folder, load_manifest(folder), "train", verify=False)
@@ -245,7 +265,7 @@ def test_an_index_cannot_point_outside_or_ask_for_much(folder):
 
 
 def test_reader_travels_to_other_processes_and_limits_its_open_files(corpus, monkeypatch):
-    monkeypatch.setattr(shards, "_MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 1)
     before = len(os.listdir("/proc/self/fd"))
     reader = ShardReader(corpus.folder, corpus.manifest, "train")
     reader.verify_all()

@@ -288,10 +288,11 @@ def test_withheld_facts_unknown_ids_and_missing_names(tmp_path):
         withheld=[("Q1", "P1", "Q2")],
     )
     text = "One and Two and Three with Four met Five"
+    odd = "One is\u2028next\u0085to [MASK]"  # what `splitlines` would cut
     ids = {"One": "Q1", "Two": "Q2", "Three": "Q3", "Four": "Q77", "Five": "own:5"}
     spans = [(text.index(word), text.index(word) + len(word), i) for word, i in ids.items()]
     probes = [
-        RawProbe("P1", "Q1", "Q2", "One is next to [MASK]", "Two"),
+        RawProbe("P1", "Q1", "Q2", odd, "Two"),
         RawProbe("P1", None, "Q3", "nobody [MASK]", "Three"),
         RawProbe("P1", "Q1", "Q99", "One [MASK]", "Nine"),
     ]
@@ -307,8 +308,10 @@ def test_withheld_facts_unknown_ids_and_missing_names(tmp_path):
     )
     assert loaded.withheld.tolist() == [[index("Q1"), 0, index("Q2")]]
     assert ("Deux", index("Q2")) in loaded.aliases
-    lines = (tmp_path / "d" / "probe" / "template.jsonl").read_text().splitlines()
+    lines = (tmp_path / "d" / "probe" / "template.jsonl").read_text().strip().split("\n")
     rows = [json.loads(line) for line in lines]
+    assert rows[0]["text"] == odd and len(rows) == 2
+    assert [(r["subject_id"], r["object_id"]) for r in rows] == [("Q1", "Q2"), (None, "Q3")]
     assert [(r["subject"], r["object"], r["answer"]) for r in rows] == [
         (index("Q1"), index("Q2"), "Two"),
         (-1, index("Q3"), "Three"),

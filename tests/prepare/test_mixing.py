@@ -1,10 +1,12 @@
 """Corpora mixed into one: everything of each is there, and nothing leaks that one holds back."""
 
+import json
+
 import pytest
 from prepare.corpora import trex_fact, write_lines, write_trex
 
-from trelm_ds.data.schema import Sample
 from trelm_ds.data.shards import ShardReader, load_manifest
+from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.errors import ConfigError
 from trelm_ds.knowledge.graph import KnowledgeGraph
 from trelm_ds.prepare.cli import prepare
@@ -14,7 +16,7 @@ from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawGraph, RawProbe
 from trelm_ds.prepare.reader import ReaderOptions
 from trelm_ds.prepare.trex import read_trex
 
-PARIS, FRANCE = ("Q90", "Paris"), ("Q142", "France")
+PARIS, FRANCE, JAPAN = ("Q90", "Paris"), ("Q142", "France"), ("Q17", "Japan")
 
 
 def corpus(name, texts, **changes):
@@ -22,9 +24,18 @@ def corpus(name, texts, **changes):
     return RawCorpus(name, documents, RawGraph(), **changes)
 
 
+def nothing(document):
+    return set()
+
+
 def test_one_corpus_stays_as_it_is():
     alone = corpus("a", [("text", [])])
     assert mix([alone]) is alone
+
+
+def test_the_first_has_to_say_what_it_holds_back():
+    with pytest.raises(ConfigError, match="a cannot keep its held-out texts out of other corpora"):
+        mix([corpus("a", []), corpus("b", [], refuses=nothing)])
 
 
 def test_texts_graphs_probes_and_counts_of_all():
@@ -34,14 +45,17 @@ def test_texts_graphs_probes_and_counts_of_all():
         late.graph.triples.append(("Q456", "P17", "Q142"))
         late.counts["mended"] += 2
 
-    first, late = corpus("a", [("Paris", [(0, 5, "Q90")])]), RawCorpus("b", (), RawGraph())
+    first = corpus("a", [("Paris", [(0, 5, "Q90")])], refuses=nothing)
+    late = RawCorpus("b", (), RawGraph())
     late.documents = growing()
     first.graph.name_entity("Q90", "Paris")
     first.probes = [RawProbe("P17", "Q90", "Q142", "[MASK]", "France")]
     first.candidates = ["France"]
     whole = mix([first, late])
     assert whole.name == "a+b" and whole.candidates == ["France"]
-    assert [d.text for d in whole.documents] == ["Paris", "Lyon"]
+    own, other = whole.documents
+    assert (own.text, own.heldout) == ("Paris", None)
+    assert (other.text, other.heldout, other.spans) == ("Lyon", False, [(0, 4, "Q456")])
     assert list(whole.graph.entities) == ["Q90", "Q456"]
     assert whole.graph.triples == [("Q456", "P17", "Q142")]
     assert len(whole.probes) == 1 and whole.counts == {"b: mended": 2}
@@ -50,8 +64,11 @@ def test_texts_graphs_probes_and_counts_of_all():
 def test_refused_lines_are_left_out_with_their_mentions():
     text = "Paris lies here\nsecret of Lyon\nand Lyon\nthere"
     spans = [(0, 5, "Q90"), (26, 30, "Q456"), (35, 39, "Q456"), (20, 33, "Q1"), (37, 45, "Q2")]
-    own = [("secret", [])]
-    first = corpus("a", own, refuses=lambda line: "secret" in line)
+
+    def refuses(document):
+        return {i for i, line in enumerate(document.text.split("\n")) if "secret" in line}
+
+    first = corpus("a", [("secret", [])], refuses=refuses)
     whole = mix([first, corpus("b", [(text, spans), ("secret", [(0, 6, "Q1")])])])
     mine, kept, empty = whole.documents
     assert mine.text == "secret"  # its own line is its own affair
@@ -60,60 +77,82 @@ def test_refused_lines_are_left_out_with_their_mentions():
     assert whole.counts == {"lines_refused": 2, "mentions_left_out": 4}
 
 
+SAY = "On 4 May 1900 Parïs, not Lyon, became [MASK]."
+OPTIONS = next(  # Zed's fact is for the graph alone
+    options
+    for options in (ReaderOptions(seed=s, graph_only_fraction=0.5) for s in range(99))
+    if options.is_graph_only("Q5") and not options.is_graph_only("Q90")
+)
+
+
 @pytest.fixture
-def trex(tmp_path):
-    """A corpus of one fact in a text and one, of Zed's, in the graph alone."""
-    zed, say = ("Q5", "Zéd A. Person"), "On 4 May 1900 Parïs, not Lyon, became [MASK]."
+def trex_folder(tmp_path):
     facts = [
-        trex_fact("P27", PARIS, FRANCE, (say, "Parïs", "Frânce"), ("[MASK].", "Paris", "France")),
-        trex_fact("P27", zed, ("Q17", "Japan"), ("Zed is of [MASK].", "Zed", "Nippon")),
+        trex_fact("P27", PARIS, FRANCE, (SAY, "Parïs", "Frânce"), ("[MASK].", "Paris", "France")),
+        trex_fact("P27", ("Q5", "Zéd A. Person"), JAPAN, ("Zed is of [MASK].", "Zed", "Nippon")),
     ]
-    options = next(
-        options
-        for options in (ReaderOptions(seed=s, graph_only_fraction=0.5) for s in range(99))
-        if options.is_graph_only("Q5") and not options.is_graph_only("Q90")
-    )
-    return read_trex([write_trex(tmp_path / "trex", facts)], options)
+    return write_trex(tmp_path / "trex", facts)
 
 
 @pytest.mark.parametrize(
-    ("line", "refused"),
+    ("text", "refused"),
     [
-        ("On 4 May 1900 Parïs, not Lyon, became Frânce.", True),
-        ("so : on 5 may 1901 paris , not lyon , became france , it is said", True),
-        ("on 4 may 1900 paris , not lyon , became francesco", False),
-        ("on may paris not", False),
-        ("France .", True),  # a whole sentence of it, if a short one
-        ("all of France", False),
-        ("zed a . person came to japan", True),
-        ("zed lived in nippon for long", True),
-        ("zed lived in japanese towns", False),
-        ("zedd lived in japan", False),
-        ("japan", False),
-        ("", False),
+        ("On 4 May 1900 Parïs, not Lyon, became Frânce.", {0}),
+        ("so : on 5 may 1901 paris , not lyon , became france , it is said", {0}),
+        ("well\non 4 may 1900 paris ,\nnot lyon , became france .\nyes", {1, 2}),  # cut in two
+        ("on 4 may 1900 paris , not lyon , became francesco", set()),
+        ("on may paris not", set()),
+        ("France .", {0}),  # a whole sentence of it, if a short one
+        ("all of France", set()),
+        ("zed a . person came to japan", {0}),
+        ("zed lived in nippon for long", {0}),
+        ("zed plays .\nhe is one\nof japan .", {2}),  # named once in an article
+        ("zed lived in japanese towns", set()),
+        ("zedd lived in japan", set()),
+        ("japan", set()),
+        ("", set()),
     ],
 )
-def test_trex_refuses_its_sentences_and_graph_only_facts(trex, line, refused):
-    assert trex.refuses(line) == refused
+def test_trex_refuses_its_sentences_and_graph_only_facts(trex_folder, text, refused):
+    refuses = read_trex([trex_folder], OPTIONS).refuses
+    assert refuses(RawDocument("x", text)) == refused
 
 
-def test_a_folder_of_two_corpora(tmp_path, trex):
+def test_a_link_is_as_good_as_a_name(trex_folder):
+    refuses = read_trex([trex_folder], OPTIONS).refuses
+    text = "Z. Person\nin Tokyo\nand there"
+    assert refuses(RawDocument("x", text, [(0, 9, "Q5"), (13, 18, "Q17")])) == {1}
+    assert refuses(RawDocument("x", text, [(0, 9, "Q6"), (13, 18, "Q17")])) == set()
+
+
+def test_a_folder_of_two_corpora_has_none_of_what_is_held_back(tmp_path, trex_folder):
     tokyo = "the city of tokyo is large and lies in the east of the land"
+    secret = "zed a . person came to japan"
     rows = [
-        {"id": "0", "text": f"{tokyo}\nzed a . person came to japan", "spans": [[12, 17, "Q1490"]]},
-        {"id": "1", "text": f"{tokyo} and is old", "spans": [[12, 17, "Q1490"]]},
+        {"id": "0", "text": f"{tokyo}\n{secret}\n{SAY.replace('[MASK]', 'France')}"},
+        {"id": "1", "text": f"{tokyo} and is old", "heldout": True},
     ]
+    for row in rows:
+        row["spans"] = [[12, 17, "Q1490"]]
     own = write_lines(tmp_path / "own.jsonl", rows)
-    flags = ["--heldout_fraction=0", "--dim=4", "--epochs=1", f"--output={tmp_path / 'data'}"]
-    prepare(["trex", f"--input={tmp_path / 'trex'}", "--also", f"jsonl={own}", *flags])
+    flags = [f"--seed={OPTIONS.seed}", "--graph_only_fraction=0.5", "--heldout_fraction=0"]
+    flags += ["--dim=4", "--epochs=1", f"--output={tmp_path / 'data'}"]
+    prepare(["trex", f"--input={trex_folder}", "--also", f"jsonl={own}", *flags])
     manifest = load_manifest(tmp_path / "data")
     assert manifest["name"] == "trex+jsonl"
-    graph = KnowledgeGraph.load(tmp_path / "data")
-    assert graph.num_entities >= 4 and len(graph.triples) == 2
-    reader = ShardReader(tmp_path / "data", manifest, "train")
-    samples: list[Sample] = [reader[i] for i in range(len(reader))]
-    assert {s.doc for s in samples} >= {"0", "1"}
-    reader.close()
+    assert len(KnowledgeGraph.load(tmp_path / "data").triples) == 2
+    tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer")
+    texts = []
+    for split in ("train", "heldout"):
+        reader = ShardReader(tmp_path / "data", manifest, split)
+        texts += [(split, tokenizer.decode(reader[i].ids)) for i in range(len(reader))]
+        reader.close()
+    assert sum("tokyo" in text for _, text in texts) == 2
+    assert sum("not lyon" in text for _, text in texts) == 1  # T-REx's own
+    assert not any("person" in text for _, text in texts)
+    assert {split for split, _ in texts} == {"train"}
+    reader_counts = json.loads((tmp_path / "data" / "stats.json").read_text())["preparation"]
+    assert reader_counts["reader"]["lines_refused"] == 2
 
 
 @pytest.mark.parametrize(

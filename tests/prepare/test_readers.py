@@ -223,6 +223,18 @@ def test_ernie_original_and_decoded_forms_agree(tmp_path):
     assert list(read_ernie([decoded], ReaderOptions()).documents) == [document]
 
 
+def test_ernie_leaves_unknown_words_out(tmp_path):
+    tokens = ["[UNK]", "the", "[UNK]", "paris", "[UNK]"]
+    entities = [[0, 1, "Q1"], [2, 4, "Q90"], [4, 5, "Q2"]]
+    sentences = [{"tokens": tokens, "entities": entities}, {"tokens": ["[UNK]"], "entities": []}]
+    sentences.append({"tokens": ["state"], "entities": [[0, 1, "Q7"]]})
+    decoded = write_lines(tmp_path / "articles.jsonl", [{"article": 0, "sentences": sentences}])
+    (document,) = read_ernie([decoded], ReaderOptions()).documents
+    assert document.text == "the paris\nstate"
+    spans = [(document.text[s:e], i) for s, e, i in document.spans]
+    assert spans == [("paris", "Q90"), ("state", "Q7")]
+
+
 # --- jsonl, wikidata5m, graphs ------------------------------------------------------------------
 
 
@@ -376,6 +388,16 @@ def surrogate(folder):
     return read_jsonl, [write_lines(folder / "a.jsonl", [row])]
 
 
+def surrogate_id(folder):
+    row = '{"id": "a", "text": "x y", "spans": [[0, 1, "Q\\ud800"]]}'
+    return read_jsonl, [write_lines(folder / "a.jsonl", [row])]
+
+
+def surrogate_title(folder):
+    row = '{"docid": "1", "uri": "Q1", "title": "\\uDBFF", "text": "", "entities": []}'
+    return read_rebel, [write_lines(folder / "a.jsonl", [row])]
+
+
 def boolean_span(folder):
     row = {"id": "a", "text": "Paris", "spans": [[False, True, "Q90"]]}
     return read_jsonl, [write_lines(folder / "a.jsonl", [row])]
@@ -449,6 +471,8 @@ def empty_folder(folder):
         (deep_json, r"a.jsonl:1: not valid JSON"),
         (no_spans_key, r"a.jsonl:1: 'spans' is missing"),
         (surrogate, r"a.jsonl:1: holds a lone surrogate"),
+        (surrogate_id, r"a.jsonl:1: holds a lone surrogate"),
+        (surrogate_title, r"a.jsonl:1: holds a lone surrogate"),
         (boolean_span, r"a.jsonl:1: span ends must be integers"),
         (not_utf8, r"a.jsonl:1: not UTF-8"),
         (cut_gzip, r"a.jsonl.gz:\d: broken gzip file"),

@@ -18,6 +18,7 @@ import stat
 import time
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ INDEX_RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 _TAR_BLOCK = 512
 _MAX_MANIFEST_BYTES = 1 << 26
 READ_WAITS_S = (0.1, 2.0, 10.0)  # before a failed read is tried again
-_MAX_OPEN_SHARDS = 128  # two descriptors each; many systems allow 1024 per process
+SAMPLES_PER_SHARD = 25_000  # about 37 MB
+MAX_OPEN_SHARDS = 128  # two descriptors each; many systems allow 1024 per process
 
 _SHARD_FIELDS = {
     "name": str,
@@ -184,11 +186,10 @@ class ShardSetWriter:
     Args:
         folder: the prepared data folder; ``shards/`` is made in it.
         split: ``train`` or ``heldout``.
-        samples_per_shard: 25,000 are about 37 MB. Prefer larger shards over more than a few
-            hundred of them.
+        samples_per_shard: prefer larger shards over more than ``MAX_OPEN_SHARDS`` of them.
     """
 
-    def __init__(self, folder: str | Path, split: str, samples_per_shard: int = 25_000):
+    def __init__(self, folder: str | Path, split: str, samples_per_shard: int = SAMPLES_PER_SHARD):
         self._folder = Path(folder) / SHARD_FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
         self._split = split
@@ -317,10 +318,15 @@ def _index_name(shard_name: str) -> str:
 
 
 def _open(path: Path, size: int) -> int:
-    """A read-only descriptor of a regular file of exactly ``size`` bytes."""
+    """A read-only descriptor of a regular file of exactly ``size`` bytes.
+
+    Raises:
+        DataError: there is none.
+        OSError: the system could not say so, or not open it now.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise DataError(f"{path}: {error.strerror}") from None
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_size != size:
@@ -398,7 +404,7 @@ class ShardReader:
         tar = _open(tar_path, shard["bytes"])
         try:
             index = _open(index_path, shard["samples"] * INDEX_RECORD.itemsize)
-        except DataError:
+        except (DataError, OSError):
             os.close(tar)
             raise
         if self._verify and number not in self._verified:
@@ -410,7 +416,7 @@ class ShardReader:
                 os.close(index)
                 raise
             self._verified.add(number)
-        if len(self._open_shards) >= _MAX_OPEN_SHARDS:
+        if len(self._open_shards) >= MAX_OPEN_SHARDS:
             for descriptor in self._open_shards.popitem(last=False)[1]:
                 os.close(descriptor)
         self._open_shards[number] = (tar, index)
@@ -420,16 +426,29 @@ class ShardReader:
         """Checks every shard now (about 1.8 GB/s); later reads then skip the sha256.
 
         Raises:
-            DataError: naming the first file that is missing or damaged.
+            DataError: naming the first file that is missing, damaged or cannot be read.
         """
         for number in range(len(self._shards)):
-            self._descriptors(number)
+            self._again(number, lambda number=number: self._descriptors(number), "")
+
+    def _again(self, number: int, work: Callable, what: str):
+        """What ``work`` returns; where the system fails it, on newly opened files, a few times.
+
+        Network file systems have bad moments, and handles that go stale.
+        """
+        for wait in (*READ_WAITS_S, None):
+            try:
+                return work()
+            except OSError as error:
+                for descriptor in self._open_shards.pop(number, ()):
+                    os.close(descriptor)
+                if wait is None:
+                    path = self._folder / self._shards[number]["name"]
+                    raise DataError(f"{path}: {what}{error.strerror}") from None
+                time.sleep(wait)
 
     def __getitem__(self, i: int) -> Sample:
         """Sample ``i`` of the split.
-
-        A read that the system fails is tried again on newly opened files: network file systems have
-        bad moments, and handles that go stale.
 
         Raises:
             DataError: naming shard and key, if any byte of it is not what was written, or cannot
@@ -438,16 +457,7 @@ class ShardReader:
         if not 0 <= i < self._samples:
             raise IndexError(i)
         number = bisect.bisect_right(self._first, i) - 1
-        for wait in (*READ_WAITS_S, None):
-            try:
-                return self._read(number, i)
-            except OSError as error:
-                for descriptor in self._open_shards.pop(number, ()):
-                    os.close(descriptor)
-                if wait is None:
-                    path = self._folder / self._shards[number]["name"]
-                    raise DataError(f"{path}: sample {i:08d}: {error.strerror}") from None
-                time.sleep(wait)
+        return self._again(number, lambda: self._read(number, i), f"sample {i:08d}: ")
 
     def _read(self, number: int, i: int) -> Sample:
         shard = self._shards[number]

@@ -21,7 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from trelm_ds.data.schema import MAX_DOC_CHARACTERS, Sample
-from trelm_ds.data.shards import ShardSetWriter, write_manifest
+from trelm_ds.data.shards import (
+    MAX_OPEN_SHARDS,
+    SAMPLES_PER_SHARD,
+    ShardSetWriter,
+    write_manifest,
+)
 from trelm_ds.data.tokenizer import tokenizer_digest
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.knowledge.graph import NAME_TOKENS, save_graph, save_tables
@@ -307,6 +312,7 @@ class _Builder:
             if total % _PROGRESS == 0:
                 log.info("tokenized %d samples", total)
         samples.finish()
+        self.num_samples = total
         ranks = rarity_ranks(word_counts, word_types(tokenizer))
         rarest = []
         for heldout, _, ids, spans, whole in _unpacked(samples):
@@ -334,9 +340,11 @@ class _Builder:
         keys[tokens] = num_entities + np.arange(len(tokens))
         edges = np.asarray([[tokenizer.cls_token_id], [tokenizer.sep_token_id]], np.int32)
         writers = {}
+        # Reading is at random over all of them: no more than a process keeps open.
+        size = max(SAMPLES_PER_SHARD, -(-self.num_samples // MAX_OPEN_SHARDS))
         with (
-            ShardSetWriter(self.folder, "train") as writers[False],
-            ShardSetWriter(self.folder, "heldout") as writers[True],
+            ShardSetWriter(self.folder, "train", size) as writers[False],
+            ShardSetWriter(self.folder, "heldout", size) as writers[True],
         ):
             for heldout, doc, ids, spans, whole in _unpacked(samples):
                 words = free_words(ids, whole, spans, rare)
@@ -407,6 +415,8 @@ def probe_rows(
             "relation": probe.relation,
             "subject": subject,
             "object": index[probe.object],
+            "subject_id": probe.subject,
+            "object_id": probe.object,
             "text": probe.text,
             "answer": probe.answer,
             "set": probe.set,

@@ -61,8 +61,8 @@ def _build_parser() -> argparse.ArgumentParser:
             action="extend",
             default=[],
             metavar="KIND=PATH",
-            help="other corpora into the same folder, after this one; what this one holds back is "
-            "left out of their texts",
+            help="trex: other corpora into the same folder; what T-REx holds back is left out of "
+            "their texts",
         )
         kind.add_argument(
             "--graph",

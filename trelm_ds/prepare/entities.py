@@ -55,7 +55,7 @@ class IndexedGraph:
 
 def _natural(entity: str) -> list:
     """Q9 before Q10."""
-    return [int(part) if part.isdigit() else part for part in _NUMBER.split(entity)]
+    return [int(part) if part.isdecimal() else part for part in _NUMBER.split(entity)]
 
 
 def _clean(name: str) -> str:

@@ -8,9 +8,10 @@ Two forms, each possibly gzipped:
 - ``articles.jsonl``: the same decoded, ``{"article": 0, "sentences": [{"tokens": ["ana", "##rch"],
   "entities": [[0, 2, "Q6199"]]}]}`` with [start, end) over word pieces.
 
-In ``wiki_entity`` only the first piece of a linked word carries the id: its continuation pieces are
-added, and neighbouring words with the same id become one mention. The files name no entity: names
-come from ``--graph`` or else from the text.
+Words that were outside the vocabulary (``[UNK]``) are left out. In ``wiki_entity`` only the first
+piece of a linked word carries the id: its continuation pieces are added, and neighbouring words
+with the same id become one mention. The files name no entity: names come from ``--graph`` or else
+from the text.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawGraph
 from trelm_ds.prepare.reader import ReaderOptions
 
 _UNLINKED = "#UNK#"
+_UNKNOWN = "[UNK]"  # a word that was outside ERNIE's vocabulary: nobody knows which
 _FORMS = "articles.jsonl, or wiki_token and wiki_entity"
 
 Sentence = tuple[list[str], list[tuple[int, int, str]]]  # word pieces; (start, end, id)
@@ -153,15 +155,22 @@ def _document(doc: str, sentences: list[Sentence]) -> RawDocument:
     length = 0
     for pieces, mentions in sentences:
         places = []
-        for number, piece in enumerate(pieces):
-            if number and piece.startswith("##") and len(piece) > 2:
+        begun = False
+        for piece in pieces:
+            if piece == _UNKNOWN:
+                places.append((length, length))
+                continue
+            if begun and piece.startswith("##") and len(piece) > 2:
                 blank, piece = "", piece[2:]
             else:
-                blank = " " if number else "\n" if parts else ""
+                blank = " " if begun else "\n" if parts else ""
+            begun = True
             parts.append(blank + piece)
             places.append((length + len(blank), length + len(blank) + len(piece)))
             length += len(blank) + len(piece)
         for start, end, entity in mentions:
-            document.spans.append((places[start][0], places[end - 1][1], entity))
+            known = [place for place in places[start:end] if place[0] < place[1]]
+            if known:
+                document.spans.append((known[0][0], known[-1][1], entity))
     document.text = "".join(parts)
     return document

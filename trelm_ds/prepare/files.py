@@ -143,6 +143,8 @@ def _parse(text: str, where: str) -> dict:
         raise DataError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    if "\\u" in text:  # an escape may stand for half a character
+        check_text(json.dumps(record, ensure_ascii=False), where)
     return record
 
 

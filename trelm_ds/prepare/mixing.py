@@ -1,14 +1,17 @@
-"""Several corpora as one: their texts, graphs and probes, and no leak of what one holds back.
+"""Several corpora as one: their texts, graphs and probes, and no leak of what the first holds back.
 
-The corpora are of one Wikipedia: a sentence that one holds out may stand in another, and so may a
-fact that only its graph is to teach. So every line of a text is shown to the other corpora, and
-left out if one of them refuses it.
+The corpora are of one Wikipedia: a sentence that the first holds out may stand in another, and so
+may a fact that only its graph is to teach. So it is shown every document of the others, and the
+lines that it refuses are left out. The others train only: of their own held-out texts there may be
+copies in each other too, which nobody would refuse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
+from trelm_ds.errors import ConfigError
 from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawGraph
 
 
@@ -20,9 +23,17 @@ def mix(corpora: Sequence[RawCorpus]) -> RawCorpus:
 
     Args:
         corpora: with different names; their documents are consumed in this order.
+    Raises:
+        ConfigError: the first cannot tell what it must be kept apart from.
     """
-    if len(corpora) == 1:
-        return corpora[0]
+    first, *others = corpora
+    if not others:
+        return first
+    if first.refuses is None:
+        raise ConfigError(
+            f"--also: {first.name} cannot keep its held-out texts out of other corpora; begin with "
+            "trex"
+        )
     whole = RawCorpus("+".join(corpus.name for corpus in corpora), (), RawGraph())
     whole.candidates = next((c.candidates for c in corpora if c.candidates), [])
     whole.documents = _documents(corpora, whole)
@@ -31,10 +42,10 @@ def mix(corpora: Sequence[RawCorpus]) -> RawCorpus:
 
 def _documents(corpora: Sequence[RawCorpus], whole: RawCorpus) -> Iterator[RawDocument]:
     for corpus in corpora:
-        others = [c.refuses for c in corpora if c is not corpus and c.refuses is not None]
         for document in corpus.documents:
-            if others:
-                _leave_out(document, others, whole)
+            if corpus is not corpora[0]:
+                document.heldout = False
+                _leave_out(document, corpora[0].refuses(document), whole.counts)
             yield document
         # Only now: a reader may find its graph, probes and counts on the way.
         whole.graph.merge(corpus.graph)
@@ -42,26 +53,30 @@ def _documents(corpora: Sequence[RawCorpus], whole: RawCorpus) -> Iterator[RawDo
         whole.counts.update({f"{corpus.name}: {why}": n for why, n in corpus.counts.items()})
 
 
-def _leave_out(
-    document: RawDocument, others: Sequence[Callable[[str], bool]], whole: RawCorpus
-) -> None:
-    """Takes the refused lines out of a document, and the mentions that do not lie in one kept."""
-    lines, spans = [], []
-    begin = length = 0
-    for line in document.text.split("\n"):
-        end = begin + len(line)
-        if any(refuses(line) for refuses in others):
-            whole.counts["lines_refused"] += 1
-        else:
-            moved = length - begin
-            spans += [
-                (start + moved, stop + moved, entity)
-                for start, stop, entity in document.spans
-                if begin <= start and stop <= end
-            ]
-            lines.append(line)
-            length += len(line) + 1
-        begin = end + 1
-    if len(spans) < len(document.spans):
-        whole.counts["mentions_left_out"] += len(document.spans) - len(spans)
-    document.text, document.spans = "\n".join(lines), spans
+def _leave_out(document: RawDocument, refused: set[int], counts: Counter[str]) -> None:
+    """Takes lines out of a document, and the mentions that do not lie in one that is kept."""
+    if not refused:
+        return
+    kept, spans, length = [], [], 0
+    for number, (begin, line) in enumerate(lines(document.text)):
+        if number in refused:
+            continue
+        moved, end = length - begin, begin + len(line)
+        spans += [
+            (start + moved, stop + moved, entity)
+            for start, stop, entity in document.spans
+            if begin <= start and stop <= end
+        ]
+        kept.append(line)
+        length += len(line) + 1
+    counts["lines_refused"] += len(refused)
+    counts["mentions_left_out"] += len(document.spans) - len(spans)
+    document.text, document.spans = "\n".join(kept), spans
+
+
+def lines(text: str) -> Iterator[tuple[int, str]]:
+    """(place of its first character, line) of every line."""
+    begin = 0
+    for line in text.split("\n"):
+        yield begin, line
+        begin += len(line) + 1

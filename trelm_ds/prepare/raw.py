@@ -103,9 +103,9 @@ class RawCorpus:
             filled while it runs, so the builder reads them only after its last document.
         candidates: words a probe may answer; empty: any.
         counts: what the reader dropped or mended, by reason; goes into ``stats.json``.
-        refuses: whether a line of another corpus beside this one would undo what this one holds
-            back: it repeats a sentence, or states a fact that only the graph is to teach. None:
-            nothing is held back by more than the document.
+        refuses: of a document of another corpus beside this one, the numbers of the lines that
+            would undo what this one holds back: they repeat its sentences, or state a fact that
+            only the graph is to teach. None: it cannot tell.
     """
 
     name: str
@@ -114,7 +114,7 @@ class RawCorpus:
     probes: list[RawProbe] = field(default_factory=list)
     candidates: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    refuses: Callable[[str], bool] | None = None
+    refuses: Callable[[RawDocument], set[int]] | None = None
 
 
 def chosen(name: str, fraction: float, seed: int, purpose: str) -> bool:

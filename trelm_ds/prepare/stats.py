@@ -114,7 +114,8 @@ def _count_probes(folder: Path) -> dict:
     """Records by set, and of them the long-tail and the graph-only ones."""
     sets: dict[str, Counter[str]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # A text may hold other characters that `splitlines` takes for the end of a line.
+        for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
             try:
                 record = json.loads(line)
                 counter = sets.setdefault(record["set"], Counter(all=0, tail=0, graph_only=0))

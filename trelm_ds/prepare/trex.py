@@ -26,6 +26,7 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from trelm_ds.errors import DataError
@@ -38,12 +39,15 @@ from trelm_ds.prepare.files import (
     iter_lines,
     need_file,
 )
+from trelm_ds.prepare.mixing import lines
 from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawGraph, RawProbe
 from trelm_ds.prepare.reader import ReaderOptions
 
 MASK = "[MASK]"
 _NOT_LETTERS = re.compile(r"[\W\d_]+")
 _WORD = re.compile(r"\w+")
+_PLAIN_WORD = re.compile(r"[a-z0-9]+")
+_NO_ACCENTS = {code: None for code in range(0x300, 0x370)}  # combining marks
 _FIRST_WORDS = 4  # by which a repeated sentence is looked up
 
 Fact = tuple[str, str, str]
@@ -110,29 +114,73 @@ def _names_both_ends(text: str, subjects: dict[str, list[tuple[str, set[str]]]])
     return False
 
 
-class _Refusal:
-    """Whether a line of another corpus repeats a sentence or names both ends of a graph-only fact.
+@dataclass
+class _GraphOnlyFact:
+    """A fact that no text may state: the ids of its ends, and their names as ``_spaced`` words."""
 
-    Case, accents and punctuation do not count, for other corpora are lower-cased or cut into words;
-    of a sentence neither do digits, as where this corpus's own are split. Any name will do for an
-    end: too much is refused rather than too little.
+    subject: str
+    object: str
+    subject_names: list[str]
+    object_names: list[str]
+
+
+class _Refusal:
+    """Which lines of another corpus's document repeat a sentence or state a graph-only fact.
+
+    Case, accents and punctuation do not count, nor words of other letters than a to z, for other
+    corpora are lower-cased or cut into pieces; of a sentence neither do digits, as where this
+    corpus's own are split. A sentence may be cut in two there. A fact is taken as stated by every
+    line that names its object, by a name or a link, in a document that names its subject
+    anywhere: an article names its subject once. Too much is refused rather than too little.
     """
 
-    def __init__(self, sentences: Iterable[str], subjects: dict[str, list[tuple[str, set[str]]]]):
+    def __init__(self, sentences: Iterable[str], facts: Iterable[_GraphOnlyFact]):
         self._sentences: dict[tuple[str, ...], set[str]] = {}  # by their first words
         for sentence in sentences:
             words = _words(_NOT_LETTERS.sub(" ", sentence))
             if words:
                 known = self._sentences.setdefault(tuple(words[:_FIRST_WORDS]), set())
                 known.add(_spaced(words))
-        self._subjects: dict[str, list[tuple[str, list[str]]]] = {}
-        for name, objects in itertools.chain(*subjects.values()):
-            if words := _words(name):
-                ends = [_spaced(_words(other)) for other in objects if _words(other)]
-                self._subjects.setdefault(words[0], []).append((_spaced(words), ends))
+        self._by_name: dict[str, list[tuple[str, _GraphOnlyFact]]] = {}  # by its first word
+        self._by_id: dict[str, list[_GraphOnlyFact]] = {}
+        for fact in facts:
+            self._by_id.setdefault(fact.subject, []).append(fact)
+            for name in fact.subject_names:
+                self._by_name.setdefault(name.split()[0], []).append((name, fact))
 
-    def __call__(self, line: str) -> bool:
-        return self._repeats(_words(_NOT_LETTERS.sub(" ", line))) or self._states(_words(line))
+    def __call__(self, document: RawDocument) -> set[int]:
+        rows = list(lines(document.text))
+        letters = [_words(_NOT_LETTERS.sub(" ", line)) for _, line in rows]
+        refused = {number for number, words in enumerate(letters) if self._repeats(words)}
+        for number, (words, following) in enumerate(itertools.pairwise(letters)):
+            pair = {number, number + 1}
+            if not pair & refused and self._repeats(words + following):
+                refused |= pair
+        words = [_words(line) for _, line in rows]
+        facts = self._named(itertools.chain(*words), document)
+        for number, (begin, line) in enumerate(rows):
+            spaced, end = _spaced(words[number]), begin + len(line)
+            linked = {entity for start, _, entity in document.spans if begin <= start < end}
+            if any(
+                fact.object in linked or any(name in spaced for name in fact.object_names)
+                for fact in facts
+            ):
+                refused.add(number)
+        return refused
+
+    def _named(self, words: Iterable[str], document: RawDocument) -> list[_GraphOnlyFact]:
+        """The facts whose subject the document names or links."""
+        words = list(words)
+        spaced = _spaced(words)
+        found = [
+            fact
+            for word in set(words)
+            for name, fact in self._by_name.get(word, ())
+            if name in spaced
+        ]
+        for entity in {entity for _, _, entity in document.spans}:
+            found += self._by_id.get(entity, ())
+        return found
 
     def _repeats(self, words: list[str]) -> bool:
         spaced = _spaced(words)
@@ -141,24 +189,19 @@ class _Refusal:
         keys = (tuple(words[first : first + _FIRST_WORDS]) for first in range(last))
         return any(known in spaced for key in keys for known in self._sentences.get(key, ()))
 
-    def _states(self, words: list[str]) -> bool:
-        spaced = _spaced(words)
-        return any(
-            name in spaced and any(end in spaced for end in ends)
-            for word in set(words)
-            for name, ends in self._subjects.get(word, ())
-        )
-
 
 def _words(text: str) -> list[str]:
-    """Its words in lower case and without accents."""
-    decomposed = unicodedata.normalize("NFD", text.casefold())
-    return _WORD.findall("".join(c for c in decomposed if unicodedata.category(c) != "Mn"))
+    """Its words of the letters a to z and digits, in lower case and without accents."""
+    return _PLAIN_WORD.findall(unicodedata.normalize("NFD", text.casefold()).translate(_NO_ACCENTS))
 
 
 def _spaced(words: list[str]) -> str:
     """With blanks at both ends, so that whole words alone are found in it."""
     return f" {' '.join(words)} "
+
+
+def _spaced_names(names: Iterable[str]) -> list[str]:
+    return [_spaced(words) for name in sorted(names) if (words := _words(name))]
 
 
 def read_trex(inputs: list[Path], options: ReaderOptions) -> RawCorpus:
@@ -256,7 +299,14 @@ def read_trex(inputs: list[Path], options: ReaderOptions) -> RawCorpus:
                 corpus.probes.append(
                     RawProbe(fact[1], fact[0], fact[2], question, answer, "context", graph_only)
                 )
-    corpus.refuses = _Refusal(sentences.spans, subjects)
+    corpus.refuses = _Refusal(
+        sentences.spans,
+        [
+            _GraphOnlyFact(s, o, _spaced_names(surfaces[s]), _spaced_names(surfaces[o]))
+            for s, _, o in answers
+            if options.is_graph_only(s)
+        ],
+    )
     words = find_file(folder, "common_vocab_cased.txt")
     if words:
         corpus.candidates = [word for _, word in iter_lines(words) if word.strip()]
