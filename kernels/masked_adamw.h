@@ -274,10 +274,13 @@ inline void masked_adamw_(
         "masked_adamw_: param, grad, exp_avg and exp_avg_sq must be contiguous, flat, of one "
         "length and one dtype");
   }
+  // By division: the sums and products of numbers from elsewhere may not fit.
   TORCH_CHECK(
       row_length > 0 && fragment_start >= 0 &&
-          fragment_start + size <= row_counts.numel() * row_length,
-      "masked_adamw_: elements ", fragment_start, " to ", fragment_start + size,
+          fragment_start / row_length <= row_counts.numel() &&
+          (size + fragment_start % row_length + row_length - 1) / row_length <=
+              row_counts.numel() - fragment_start / row_length,
+      "masked_adamw_: ", size, " elements from ", fragment_start,
       " lie outside a matrix of ", row_counts.numel(), " rows of ", row_length);
   TORCH_CHECK(
       beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1,

@@ -29,3 +29,15 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over(tmp_path, monkeypatch):
         engine.local_device(world)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert engine.local_device(world).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("loaded", "refused"), [([True] * 3, False), ([False] * 3, False), ([True, False, True], True)]
+)
+def test_ranks_have_the_same_operators(monkeypatch, loaded, refused):
+    monkeypatch.setattr("trelm_ds.distributed.gather_objects", lambda mine: loaded)
+    if refused:
+        with pytest.raises(ConfigError, match=r"on rank\(s\) 1: "):
+            pretrain._refuse_mixed_kernels(True)
+    else:
+        pretrain._refuse_mixed_kernels(loaded[0])

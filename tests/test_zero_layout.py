@@ -24,6 +24,7 @@ CASES = {
     "zero0 bf16": (0, True, {}),
     "zero1": (1, False, {}),
     "zero1 bf16": (1, True, {}),
+    "zero1 bf16 float32 gradients": (1, True, {"grad_accum_dtype": "fp32"}),
     "zero2": (2, False, {"overlap_comm": True, "reduce_bucket_size": 1000}),
     "zero2 bf16": (2, True, {}),
     "zero2 offload": (2, False, OFFLOAD),
@@ -85,8 +86,7 @@ def _named(model):
 
 
 def _start(stage, bf16, zero, paths):
-    import deepspeed
-
+    from trelm_ds.engine import build_engine
     from trelm_ds.zero_layout import routed_fragments
 
     torch.manual_seed(0)
@@ -97,17 +97,20 @@ def _start(stage, bf16, zero, paths):
         {"params": [p for p, _, _ in _named(model)]},
     ]
     optimizer = PathAdamW(groups, **SETTINGS)
+    zero = dict(zero)
+    data_types = {"grad_accum_dtype": zero.pop("grad_accum_dtype", None)}
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": CLIP,
         "bf16": {"enabled": bf16},
-        "zero_optimization": {"stage": stage} | zero,
+        "zero_optimization": {"stage": stage, **zero},
+        "data_types": data_types,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    engine = build_engine(model, optimizer, config)
     fragments = routed_fragments(engine, _named(model))
     optimizer.bind(fragments, paths)
     return engine, optimizer, fragments
@@ -285,6 +288,21 @@ def test_another_layout_is_an_error_on_every_rank(reports):
     messages = [ranks["wrong layout"] for ranks in reports]
     assert messages[0] == messages[1]
     assert "routing cannot find" in messages[0] and "ZeRO stage 2" in messages[0]
+
+
+def test_a_layout_that_is_wrong_on_all_of_sixteen_ranks_is_an_error(monkeypatch):
+    from trelm_ds import zero_layout
+
+    weight = nn.Parameter(torch.ones(4, 3))
+    monkeypatch.setattr(zero_layout, "_describe", lambda engine: "a layout")
+    elsewhere = [(torch.zeros(12), 0, 0, torch.ones(12))]
+    monkeypatch.setattr(zero_layout, "_locator", lambda engine: lambda param: elsewhere)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 16)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(16))
+    engine = SimpleNamespace(device="cpu", zero_optimization_stage=lambda: 0)
+    with pytest.raises(ConfigError, match="cannot find up_weight of layer 0"):
+        zero_layout.routed_fragments(engine, [(weight, 0, "up_weight")])
 
 
 def test_a_parameter_that_is_not_optimised_is_an_error(reports):

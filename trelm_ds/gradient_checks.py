@@ -27,7 +27,8 @@ def batch_gradient_checks(engine) -> None:
     checker = getattr(optimizer, "overflow_checker", None)
     if checker is not None:  # bf16 without ZeRO
         checker.has_overflow_serial = _any_of_parameters
-    elif engine.zero_optimization_stage() in (1, 2) and not optimizer.cpu_offload:
+    # ZeRO 1 with gradients in float32 and weights in bf16 has an optimizer of another kind, too.
+    elif engine.zero_optimization_stage() in (1, 2) and not getattr(optimizer, "cpu_offload", True):
         optimizer.has_overflow_partitioned_grads_serial = functools.partial(
             _any_of_partition, optimizer
         )

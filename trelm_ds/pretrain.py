@@ -215,7 +215,9 @@ def run(argv: list[str], stop) -> int:
     from trelm_ds.ops import load_kernels
     from trelm_ds.trainer import Trainer
 
-    load_kernels()
+    kernels = load_kernels()
+    if device.type == "cpu":
+        _refuse_mixed_kernels(kernels)
     trainer = Trainer(config, ds_config, world, device, stop)
     trainer.resume()
     if world.is_main:
@@ -235,6 +237,23 @@ def run(argv: list[str], stop) -> int:
     stop.ignore()
     barrier()
     return EXIT_DONE if complete else EXIT_STOPPED
+
+
+def _refuse_mixed_kernels(mine: bool) -> None:
+    """Kernels and reference round differently: replicas that step by both drift apart unseen.
+
+    Raises:
+        ConfigError: on all ranks: the C++ kernels serve on some of them only.
+    """
+    from trelm_ds.distributed import gather_objects
+
+    loaded = gather_objects(mine)
+    without = [str(rank) for rank, served in enumerate(loaded) if not served]
+    if 0 < len(without) < len(loaded):
+        raise ConfigError(
+            f"the C++ kernels cannot be built on rank(s) {', '.join(without)}: give their "
+            "machines a compiler, or set TRELM_KERNELS=0 for all"
+        )
 
 
 def _warn_of_the_rate(config: Config) -> None:

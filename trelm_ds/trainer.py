@@ -41,7 +41,12 @@ from trelm_ds.metrics import (
 )
 from trelm_ds.model import Normalizers, TrelmModel, parameter_groups
 from trelm_ds.optim import WHOLE, PathAdamW
-from trelm_ds.routing.controller import RoutingController, refuse_unsupported
+from trelm_ds.routing.controller import (
+    ATTRIBUTION_FORMS,
+    BACKWARD_FORMS,
+    RoutingController,
+    refuse_unsupported,
+)
 from trelm_ds.schedules import learning_rate, memory_epoch, memory_weight
 from trelm_ds.start_up import check_knowledge, ensure_entity_samples, ensure_importance
 from trelm_ds.stopping import StopRequest
@@ -59,8 +64,7 @@ FREE_ON_RESUME = {
     *("routing.audit_steps", "train.output_dir", "train.logging_steps", "train.eval_steps"),
     *("train.eval_batches", "train.eval_probes", "train.save_steps", "train.save_total_limit"),
     *("train.resume_from_checkpoint", "train.report_to", "train.export", "train.bf16"),
-    *("train.max_hours", "train.per_device_train_batch_size"),
-    "train.gradient_accumulation_steps",
+    *("train.per_device_train_batch_size", "train.gradient_accumulation_steps"),
 }
 MAX_SKIPPED_IN_A_ROW = 5  # non-finite steps before the run gives up
 
@@ -129,6 +133,8 @@ class Trainer:
 
         stage = engines.zero_stage(ds_config)
         refuse_unsupported(config, stage)
+        if config.routing.form == "block" and not config.decoding.enabled and world.is_main:
+            logger.info("routing.form block: without decoding nothing is scored, blocks take turns")
         self.manifest = load_manifest(self.data_dir)
         self.graph = KnowledgeGraph.load(self.data_dir)
         self.tables = KnowledgeTables.load(self.data_dir)
@@ -273,6 +279,9 @@ class Trainer:
             for key, value in body.items()
             if f"{section}.{key}" not in FREE_ON_RESUME
         }
+        if not (self.config.routing.truncated_depth or self.config.routing.start):
+            # Else the share of the budget that is spent decides what trains: it must not fall back.
+            flat.pop("train.max_hours")
         backbone = self.model.backbone.config
         shape = ("model_type", "vocab_size", "hidden_size", "intermediate_size")
         shape += ("num_hidden_layers", "num_attention_heads", "hidden_dropout_prob")
@@ -319,7 +328,8 @@ class Trainer:
             "the candidates of entity decoding": config.decoding.enabled
             and config.decoding.entity_weight > 0,
             "hard negatives": config.decoding.hard_negatives > 0,
-            "the paths of in_backward": config.routing.form == "in_backward",
+            f"the paths of {config.routing.form}": config.routing.form
+            in (*BACKWARD_FORMS, *ATTRIBUTION_FORMS),
         }
         reasons = [what for what, used in by_micro_batch.items() if used]
         saved = json.loads((checkpoint / "config.json").read_text())["train"]

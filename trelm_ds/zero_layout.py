@@ -43,8 +43,8 @@ def routed_fragments(
     """
     locate = _locator(engine)
     fragments: list[RoutedFragment] = []
-    # Per parameter: elements found on this rank, or a large negative number if one is wrong.
-    found = torch.zeros(len(named), dtype=torch.int64)
+    # Per parameter: elements found on this rank, and whether any of them are others.
+    found, wrong = torch.zeros(2, len(named), dtype=torch.int64)
     for i, (param, layer, kind) in enumerate(named):
         shape = getattr(param, "ds_shape", param.shape)
         row_length = shape[1] if len(shape) == 2 else 1
@@ -52,24 +52,26 @@ def routed_fragments(
             numel = values.numel()
             kept = tensor.detach().reshape(-1)[start : start + numel]
             if kept.numel() != numel or not torch.equal(kept.to(values), values):
-                found[i] = -(1 << 60)
+                wrong[i] = 1
             found[i] += numel
             fragments.append(
                 RoutedFragment(tensor, start, numel, layer, kind, param_start, row_length)
             )
     overlap = _overlaps(fragments)
-    found = torch.cat([found, torch.tensor([-1 if overlap else 0])]).to(engine.device)
+    table = torch.cat([found, wrong, torch.tensor([int(overlap)])]).to(engine.device)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world > 1:
-        dist.all_reduce(found)
+        dist.all_reduce(table)
     copies = 1 if engine.zero_optimization_stage() else world
-    for (param, layer, kind), count in zip(named, found.tolist(), strict=False):
-        if count != copies * getattr(param, "ds_numel", param.numel()):
+    *counts, overlaps = table.tolist()
+    found, wrong = counts[: len(named)], counts[len(named) :]
+    for (param, layer, kind), count, others in zip(named, found, wrong, strict=True):
+        if others or count != copies * getattr(param, "ds_numel", param.numel()):
             raise ConfigError(
                 f"routing cannot find {kind} of layer {layer} in the optimizer's tensors "
                 f"({_describe(engine)}): this layout of parameters is not known"
             )
-    if found[-1] < 0:
+    if overlaps:
         raise ConfigError(
             f"parameters overlap in the optimizer's tensors ({_describe(engine)}): "
             "this layout of parameters is not known"

@@ -230,6 +230,10 @@ def test_wrong_arguments_are_errors(kernels):
     tensors = _matrix()
     with pytest.raises(RuntimeError, match="outside a matrix of 3 rows"):
         _call(kernels, tensors, [1, 1, 1])
+    with pytest.raises(RuntimeError, match=f"outside a matrix of {ROWS} rows"):
+        _call(kernels, tensors, [1] * ROWS, start=2**63 - 2)
+    with pytest.raises(RuntimeError, match=f"outside a matrix of {ROWS} rows"):
+        _call(kernels, tensors, [1] * ROWS, start=1)
     with pytest.raises(RuntimeError, match="contiguous, flat"):
         _call(kernels, [t[::2] for t in tensors], [1] * ROWS)
     with pytest.raises(RuntimeError, match="one dtype|one length"):

@@ -1,6 +1,7 @@
 """The controller's steps: which form does what when, counts, audits, resume, scope, refusals."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from trelm_ds.config import Config, RoutingConfig
 from trelm_ds.errors import CheckpointError, ConfigError
 from trelm_ds.routing.attribution import integrated_gradients
 from trelm_ds.routing.controller import RoutingController, refuse_unsupported
+from trelm_ds.routing.paths import PathScores
 from trelm_ds.routing.scope import apply_scope
 
 
@@ -312,12 +314,25 @@ def test_state_of_another_shape_is_refused():
         block.load_state_dict(random.state_dict())
 
 
-def test_block_state_moves_to_another_number_of_ranks():
+def test_block_state_of_another_number_of_ranks_is_refused():
     _, block = make("block")
     state = block.state_dict()
     state["block.scores"] = torch.arange(2 * 2 * 24.0).view(2, 2, 24)
-    block.load_state_dict(state)
-    assert torch.equal(block.context.score_sums, state["block.scores"].sum(0))
+    with pytest.raises(CheckpointError, match="block scores"):
+        block.load_state_dict(state)
+
+
+def test_a_skipped_step_leaves_no_trace_in_a_block_s_scores():
+    _, block = make("block")
+    for applied, value in ((True, 1.0), (False, math.nan), (True, 2.0)):
+        block.begin_step(block._steps)
+        for layer in range(2):
+            block.context.receive_scores(layer, PathScores(torch.full((24,), value)))
+        block.end_step(applied)
+    assert torch.equal(block.context.score_sums, torch.full((2, 24), 3.0))
+    block.begin_step(0)
+    block.end_step(False)
+    assert torch.equal(block.context.score_sums, torch.full((2, 24), 3.0))
 
 
 RANK_FORMS = ["in_backward", "quadrature", "activation", "block"]

@@ -91,13 +91,16 @@ def library_path() -> Path:
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
+def _exclusive(path: Path) -> Iterator[bool]:
+    """Whether no one else is inside."""
     with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            alone = True
         except OSError:  # a file system without locks: build twice rather than not at all
             logger.debug("%s cannot be locked", path)
-        yield
+            alone = False
+        yield alone
 
 
 def build() -> Path:
@@ -112,7 +115,10 @@ def build() -> Path:
     compiler = find_compiler()
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _exclusive(target.with_suffix(".lock")):
+        with _exclusive(target.with_suffix(".lock")) as alone:
+            if alone:  # without a lock they may be of a build that goes on
+                for leftover in target.parent.glob(f"{target.stem}.*.tmp"):
+                    leftover.unlink(missing_ok=True)
             if not target.exists():
                 _compile(compiler, target)
     except OSError as error:
@@ -121,8 +127,6 @@ def build() -> Path:
 
 
 def _compile(compiler: list[str], target: Path) -> None:
-    for leftover in target.parent.glob(f"{target.stem}.*.tmp"):  # of builds that were killed
-        leftover.unlink(missing_ok=True)
     logger.warning("building kernels (about %d s, once)", BUILD_SECONDS)
     partial = target.with_suffix(f".{platform.node()}-{os.getpid()}.tmp")
     main = SOURCE_DIR / "register.cpp"

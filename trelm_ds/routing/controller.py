@@ -128,6 +128,7 @@ class RoutingController:
         self._previous: list[LayerPaths] | None = None  # paths of the routed step before
         self._current: list[LayerPaths] | None = None
         self._scores: list[torch.Tensor | None] = [None] * self.num_layers  # they were chosen by
+        self._sums_before: torch.Tensor | None = None  # a block's running scores before the step
         self._reference: PathScores | None = None  # of an audited step
         self._masks: dict[str, torch.Tensor] | None = None  # of the step, once asked for
         self._audit: dict[str, float] = {}  # since the last report
@@ -161,6 +162,8 @@ class RoutingController:
         undecided = [None] * self.num_layers
         if form == "block":
             self._rotate_if_due(step)
+            sums = self.context.score_sums
+            self._sums_before = None if sums is None else sums.clone()
             size = self.blocks.block_size
             starts = self.blocks.current_starts()
             # a fixed block has no use for scores
@@ -258,6 +261,8 @@ class RoutingController:
         if applied:
             for layer in range(self.num_layers):
                 self.counts[layer] += self._updated_rows(layer)
+        elif self.routed and self.config.form == "block":  # what was not finite would stay in them
+            self.context.score_sums = self._sums_before
         self._steps += 1
         if self.routed:
             nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -346,7 +351,7 @@ class RoutingController:
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """The inverse; also onto another number of ranks.
+        """The inverse, on as many ranks.
 
         Raises:
             CheckpointError: the state belongs to another routing form or model shape.
@@ -367,12 +372,10 @@ class RoutingController:
         self.last_rotation = int(state["block.last_rotation"])
         self.blocks.current.copy_(state["block.current"])
         self.blocks.last_used.copy_(state["block.last_used"])
-        scores, rank = state["block.scores"], self._rank()
-        if len(scores) == self._world_size():
-            mine = scores[rank]
-        else:  # another number of ranks: only the sum matters
-            mine = scores.sum(0) if rank == 0 else torch.zeros_like(scores[0])
-        self.context.score_sums = mine.to(self.device, copy=True)
+        shape = (self._world_size(), self.num_layers, self.size)
+        scores = state["block.scores"]
+        self._check_shape("block scores", scores, scores.new_empty(shape))
+        self.context.score_sums = scores[self._rank()].to(self.device, copy=True)
 
     # ---- internals -------------------------------------------------------------------------
 
