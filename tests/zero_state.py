@@ -25,8 +25,12 @@ def full_state(engine, param, name) -> torch.Tensor:
 
 
 def full_gradient(param) -> torch.Tensor:
-    """The reduced gradient in float32, before clipping; between backward and the engine's step."""
+    """The reduced gradient in float32, before clipping; between backward and the engine's step.
+    Zeros where there is none."""
     from deepspeed.utils import safe_get_full_grad
 
-    gradient = safe_get_full_grad(param).detach().float().cpu().clone()
-    return gradient.reshape(getattr(param, "ds_shape", param.shape))
+    shape = getattr(param, "ds_shape", param.shape)
+    gradient = safe_get_full_grad(param)
+    if gradient is None:
+        return torch.zeros(shape)
+    return gradient.detach().float().cpu().clone().reshape(shape)

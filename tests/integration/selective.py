@@ -62,13 +62,16 @@ class Watch:
     def __init__(self):
         self.twins: dict[str, Twin] = {}
         self.last: dict[str, list[torch.Tensor]] = {}
-        self.report = dict(steps=0, moved_off=0, off_gradient=0, off=0, on=0, unmoved_on=0)
-        self.report |= dict(param_error=0.0, moment_error=0.0, norm_error=0.0)
+        self.report = dict(
+            steps=0, moved_off=0, off_gradient=0, off=0, on=0, unmoved_on=0, frozen=0
+        )
+        self.report |= dict(param_error=0.0, moment_error=0.0, norm_error=0.0, frozen=0)
 
     def attach(self, trainer) -> None:
         engine, step = trainer.engine, trainer.engine.step
         self.trained = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
         self.routed = {id(p): (layer, kind) for layer, kind, p in trainer.model.routed_parameters()}
+        self.below = {id(p) for p, _ in trainer.model.truncation.parameters()}
         if not self.twins:
             decay = trainer.config.train.weight_decay
             for name, p in self.trained.items():
@@ -88,6 +91,8 @@ class Watch:
     def mask(self, trainer, name: str) -> torch.Tensor:
         """The entries of a parameter that this step trains, by the paths themselves (Eq. 12)."""
         shape = self.twins[name].param.shape
+        if trainer.routing.cut and id(self.trained[name]) in self.below:
+            return torch.zeros(shape, dtype=torch.bool)
         if id(self.trained[name]) not in self.routed:
             return torch.ones(shape, dtype=torch.bool)
         layer, kind = self.routed[id(self.trained[name])]
@@ -130,6 +135,8 @@ class Watch:
                 else:
                     scaled = float(error.max() / wanted.abs().max().clamp(min=1e-30))
                     report["moment_error"] = max(report["moment_error"], scaled)
+            if not on.any():
+                report["frozen"] += 1
             if id(p) in self.routed:
                 report["off"] += int((~on).sum())
                 report["on"] += int(on.sum())

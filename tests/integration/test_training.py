@@ -357,6 +357,7 @@ def test_hard_negatives_change_the_loss_from_the_step_they_come_into_use(two_ran
 
 # Counts per element in flat partitions of fp32 masters; the optimizer offloaded. ZeRO 3 by default:
 # test_zero_layout.py; the whole matrix: test_selective_update.py.
+CUT = {"routing__truncated_depth": 0.5, "routing__truncate_start": 0.4}
 SELECTIVE = {
     "zero2 bf16 in_backward full": {
         "zero": "zero2",
@@ -365,13 +366,17 @@ SELECTIVE = {
         "routing__paths": "full",
     },
     "zero2_offload block": {"zero": "zero2_offload", "routing__form": "block"},
+    "zero1 block truncated": {"zero": "zero1", "routing__form": "block", **CUT},
+    "zero3 in_backward truncated": {"zero": "zero3", "routing__form": "in_backward", **CUT},
 }
 
 
 @pytest.mark.parametrize("name", SELECTIVE)
 def test_the_path_follows_adamw_and_nothing_else_moves_by_a_bit(two_ranks, name):
     for results in two_ranks:
-        assert_selective(results[f"selective {name}"], name)
+        report = results[f"selective {name}"]
+        assert_selective(report, name)
+        assert (report["frozen"] > 0) == ("truncated" in name)
 
 
 def timed_run(rank, world_size, data_dir, output_dir):
