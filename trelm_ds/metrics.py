@@ -207,8 +207,6 @@ def console_line(step: int, total: int, values: dict, world_size: int, eta_s: fl
         parts.append(f"mfu {values['throughput/mfu']:.0%}")
     parts.append(f"mem {values['memory/peak_gib']:.2f} GiB")
     parts.append(f"data {values['data/wait_fraction']:.0%}")
-    if values.get("data/quarantined_total"):
-        parts.append(f"quarantined {values['data/quarantined_total']}")
     parts.append(f"eta {format_duration(eta_s)}")
     return " | ".join(parts)
 

@@ -23,8 +23,16 @@ from trelm_ds.config import Config
 from trelm_ds.data.loader import StepLoader, heldout_batches
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.data.weights import WeightTables
-from trelm_ds.distributed import World, barrier, cpu_group, gather_vector, new_group
+from trelm_ds.distributed import (
+    World,
+    barrier,
+    cpu_group,
+    first_problem,
+    gather_vector,
+    new_group,
+)
 from trelm_ds.engine import gathered
+from trelm_ds.errors import DataError
 from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
 from trelm_ds.export import export_model, last_evaluation
 from trelm_ds.hard_negatives import HardNegatives
@@ -356,20 +364,25 @@ class Trainer:
         Returns:
             True when the run is complete, False when it stopped on request; a checkpoint of the
             last step is written either way.
+        Raises:
+            DataError: on all ranks, after the same checkpoint: one of them cannot read its batch.
         """
         train = self.config.train
         self._interval = Interval(self.device, self.world.size)
         if self.state.step == 0:
             self.evaluate()
         batches = self.loader.iterate(self.state.step)
-        plan, stopped = None, False
+        plan, stopped, damage = None, False, None
         while self.state.step < train.max_steps:
             started = time.perf_counter()
             self._interval.watch.start("data")
-            micro_batches = next(batches)
+            try:
+                micro_batches = next(batches)
+            except DataError as error:  # the others hear of it in the plan: all of them save first
+                micro_batches, damage = [], error
             self._interval.watch.stop("data")
             # Only what the ranks agreed on in the plan decides: their own clocks differ.
-            ahead, stopped = self._plan(micro_batches)
+            ahead, stopped = self._plan(micro_batches, damage is not None)
             if stopped or ahead.progress >= 1.0:
                 break
             plan = ahead
@@ -390,10 +403,15 @@ class Trainer:
         if not stopped and self._evaluated != self.state.step:
             self.evaluate()
         self.save()
+        if problem := first_problem(None if damage is None else str(damage), self.control):
+            raise DataError(f"{problem}; step {self.state.step} is saved")
         return not stopped
 
-    def _plan(self, micro_batches: list) -> tuple[StepPlan, bool]:
-        """One small host collective: global counts, the slowest clock, stop requests, health."""
+    def _plan(self, micro_batches: list, damaged: bool = False) -> tuple[StepPlan, bool]:
+        """One small host collective: global counts, the slowest clock, stop requests, health.
+
+        ``damaged``: there are no micro-batches, and the run has to stop for it.
+        """
         counts = [batch.counts() for batch in micro_batches]
         row = [
             float(sum(c["mlm"] for c in counts)),
@@ -402,7 +420,7 @@ class Trainer:
             float(sum(c["entity"] for c in counts)),
             float(sum(c["tokens"] for c in counts)),
             float(sum(c["sequences"] for c in counts)),
-            float(self.stop.requested),
+            float(self.stop.requested or damaged),
             self.state.clock_s,
             float(self._finite),
         ]
@@ -415,7 +433,7 @@ class Trainer:
         progress = state.step / train.max_steps
         if train.max_hours is not None:
             progress = max(progress, state.clock_s / (train.max_hours * 3600))
-        share = self.world.size * len(micro_batches)
+        share = self.world.size * max(1, len(micro_batches))
         q = memory_epoch(
             progress,
             self.loader.epoch_of_step(state.step),

@@ -11,6 +11,7 @@ from integration.selective import assert_selective, selective_run
 from multiprocess import run_ranks
 from tiny_corpus import write_tiny_corpus
 
+from trelm_ds.errors import DataError
 from trelm_ds.metrics import read_metrics
 
 FP32_CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -51,6 +52,7 @@ def two_ranks(data_dir, tmp_path_factory):
         "hours": (timed_run, data_dir, folder / "hours"),
         "objectives": (objectives_run, data_dir, folder / "objectives"),
         "one sided": (one_sided_run, data_dir, folder / "one sided"),
+        "damage": (damaged_run, data_dir, folder / "damage"),
     }
     for form, settings in SPLIT_FORMS.items():
         jobs[f"split {form}"] = (split_run, data_dir, folder / form, settings)
@@ -397,6 +399,35 @@ def test_a_budget_in_hours_ends_all_ranks_at_the_same_step(two_ranks):
     for steps, logged in (results["hours"] for results in two_ranks):
         assert steps == 4
         assert logged == [0, 1, 2, 3, 4, 4]  # evaluations at the start and the end
+
+
+def damaged_run(rank, world_size, data_dir, output_dir):
+    """A sample of rank 1 cannot be read at the fourth step; mended, the run goes on."""
+    settings = {"train__max_steps": 6, **DOTTED_NO_DROPOUT}
+    whole = run_once(data_dir, output_dir / "whole", **settings)
+    trainer = make_trainer(data_dir, output_dir / "cut", **settings)
+
+    def broken(step, iterate=trainer.loader.iterate):
+        for number, micro_batches in enumerate(iterate(step)):
+            if number == 3 and rank == 1:
+                raise DataError("train-00000.tar: sample 00000007: crc32 does not match")
+            yield micro_batches
+
+    trainer.loader.iterate = broken
+    with pytest.raises(DataError) as caught:
+        trainer.train()
+    trainer.engine.destroy()
+    settings["train__resume_from_checkpoint"] = "latest"
+    mended = run_once(data_dir, output_dir / "cut", **settings)
+    same = digest(whole["parameters"]) == digest(mended["parameters"])
+    return str(caught.value), trainer.state.step, same
+
+
+def test_damage_in_the_midst_of_a_run_ends_it_with_a_checkpoint_on_all_ranks(two_ranks):
+    for results in two_ranks:
+        message, step, same = results["damage"]
+        assert message.startswith("rank 1: train-00000.tar: sample 00000007") and step == 3
+        assert message.endswith("step 3 is saved") and same
 
 
 def go_back(rank, world_size, data_dir, output_dir):

@@ -35,7 +35,6 @@ from trelm_ds.data.masking import Masker
 from trelm_ds.data.negatives import NegativeSampler, negative_distribution
 from trelm_ds.data.order import Permutation, divide_stream, stream_position
 from trelm_ds.data.sampling import MentionSampler, no_mentions
-from trelm_ds.data.schema import Sample
 from trelm_ds.data.shards import ShardReader, load_manifest
 from trelm_ds.data.special import SpecialTokens
 from trelm_ds.data.weights import WeightTables
@@ -127,13 +126,8 @@ class _MicroBatches(Dataset):
         self._num_entities = num_entities
         self._global_batch = global_batch
 
-    def _read(self, index: int) -> Sample:
-        # The one place where a corrupt sample surfaces: what to do instead of stopping (replace
-        # it, record it) belongs here.
-        return self._reader[index]
-
     def _example(self, position: int, epoch: int, index: int) -> Example:
-        sample = self._read(index)
+        sample = self._reader[index]
         mentions = self._mentions(sample, epoch)
         entities = sample.spans[sample.spans[:, 2] < self._num_entities]
         corrupted, targets, masked = self._masker(
