@@ -274,9 +274,9 @@ inline void masked_adamw_(
         "masked_adamw_: param, grad, exp_avg and exp_avg_sq must be contiguous, flat, of one "
         "length and one dtype");
   }
-  // By division: the sums and products of numbers from elsewhere may not fit.
+  // By division: products of numbers from elsewhere may not fit.
   TORCH_CHECK(
-      row_length > 0 && fragment_start >= 0 &&
+      row_length > 0 && row_length < (int64_t{1} << 40) && fragment_start >= 0 &&
           fragment_start / row_length <= row_counts.numel() &&
           (size + fragment_start % row_length + row_length - 1) / row_length <=
               row_counts.numel() - fragment_start / row_length,

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 from collections import defaultdict
 
 import pytest
@@ -348,3 +349,23 @@ def test_command_line_errors_are_one_line(repo, hf_folder, data, capsys, argumen
     assert _cli(repo, "evaluate")(argv) == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and err.startswith("error: ") and said in err and not out
+
+
+def test_heldout_texts_are_for_models_of_their_vocabulary_and_length(
+    repo, hf_folder, data, tmp_path, monkeypatch, capsys
+):
+    spec = importlib.util.spec_from_file_location("launch_evaluate", repo / "launch/evaluate.py")
+    launch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launch)
+    argv = ["heldout", "--data", str(data), "--device", "cpu", "--model"]
+    assert launch.main([*argv, str(hf_folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["masked_tokens"] > 0
+    other = shutil.copytree(hf_folder, tmp_path / "other")
+    (file,) = other.glob("tokenizer.json")
+    swapped = file.read_text().replace('"name1"', '"?"').replace('"name2"', '"name1"')
+    file.write_text(swapped.replace('"?"', '"name2"'))
+    assert launch.main([*argv, str(other)]) == 2
+    assert "have different vocabularies" in capsys.readouterr().err
+    monkeypatch.setattr("trelm_ds.model.max_positions", lambda config: 4)
+    assert launch.main([*argv, str(hf_folder)]) == 2
+    assert "positions for 4" in capsys.readouterr().err

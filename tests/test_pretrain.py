@@ -1,12 +1,15 @@
 """What a run says and refuses before it begins."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from trelm_ds import engine, pretrain
 from trelm_ds.config import build_config
 from trelm_ds.distributed import World
-from trelm_ds.errors import ConfigError
+from trelm_ds.errors import ConfigError, DataError, everywhere
+from trelm_ds.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -25,8 +28,12 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over(tmp_path, monkeypatch):
     assert engine.local_device(world).type == "cpu"
     (tmp_path / "nvidia0").touch()
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(ConfigError, match="torch sees none"):
         engine.local_device(world)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert engine.local_device(world).type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert engine.local_device(world).type == "cpu"
 
@@ -35,9 +42,51 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over(tmp_path, monkeypatch):
     ("loaded", "refused"), [([True] * 3, False), ([False] * 3, False), ([True, False, True], True)]
 )
 def test_ranks_have_the_same_operators(monkeypatch, loaded, refused):
-    monkeypatch.setattr("trelm_ds.distributed.gather_objects", lambda mine: loaded)
+    monkeypatch.setattr("trelm_ds.pretrain.gather_objects", lambda mine: loaded)
     if refused:
         with pytest.raises(ConfigError, match=r"on rank\(s\) 1: "):
             pretrain._refuse_mixed_kernels(True)
     else:
         pretrain._refuse_mixed_kernels(loaded[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "met", "said"),
+    [
+        (ConfigError("a"), False, ""),  # as on rank 0, which says it
+        (DataError("a"), True, "error on rank 1: a"),
+        (everywhere(DataError("a")), True, ""),
+        (everywhere(ConfigError("a\nb"), False), False, "error on rank 1: a b"),
+    ],
+)
+def test_an_error_is_said_once_and_by_a_rank_that_has_it(monkeypatch, capsys, error, met, said):
+    monkeypatch.setattr("trelm_ds.distributed.is_initialised", lambda: met)
+    monkeypatch.setenv("RANK", "1")
+    pretrain._report(error)
+    assert capsys.readouterr().err.strip() == said
+    monkeypatch.setenv("RANK", "0")
+    pretrain._report(error)
+    assert capsys.readouterr().err.strip() == "error: " + " ".join(str(error).split())
+
+
+@pytest.mark.parametrize(
+    ("settings", "free"),
+    [
+        ({}, True),
+        ({"routing.truncated_depth": 0.5}, False),
+        ({"routing.form": "block", "routing.start": 0.3}, False),
+    ],
+)
+def test_a_budget_in_hours_that_decides_what_trains_is_not_changed_on_resume(settings, free):
+    def identity(hours):
+        trainer = object.__new__(Trainer)
+        trainer.config = build_config(settings | {"train.max_hours": hours})
+        shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        shape += ("model_type", "num_attention_heads", "hidden_dropout_prob")
+        trainer.model = SimpleNamespace(backbone=SimpleNamespace())
+        trainer.model.backbone.config = SimpleNamespace(**dict.fromkeys(shape, 1))
+        trainer.manifest, trainer._tables_digest = {"dataset_id": "x"}, None
+        trainer.loader = SimpleNamespace(global_batch=8)
+        return trainer._identity()
+
+    assert (identity(1.0) == identity(2.0)) == free

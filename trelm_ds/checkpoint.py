@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trelm_ds.distributed import World, barrier, first_problem, gather_objects
-from trelm_ds.errors import CheckpointError
+from trelm_ds.errors import CheckpointError, everywhere
 from trelm_ds.files import file_sha256, fsync, write_text
 
 logger = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class Checkpointer:
             if self._world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             barrier(self._group)
-            raise CheckpointError(f"checkpoint {name} was not written: {problem}")
+            raise everywhere(CheckpointError(f"checkpoint {name} was not written: {problem}"))
 
     def _write_main(self, folder, state, engine, routing_state, extras) -> None:
         save_file(routing_state, str(folder / "routing.safetensors"))

@@ -9,9 +9,16 @@ EXIT_STOPPED = 75  # stopped on request, checkpoint written: start again to go o
 
 
 class TrelmError(Exception):
-    """Base of every error whose message is meant for the user; the process exits with 2."""
+    """Base of every error whose message is meant for the user; the process exits with 2.
+
+    Attributes:
+        everywhere: whether all ranks of a job raise it alike, so that rank 0 alone says it. None:
+            before the ranks have met they fail alike, on flags and files; then each has data of
+            its own and speaks for itself.
+    """
 
     exit_code = EXIT_BAD_INPUT
+    everywhere: bool | None = None
 
 
 class ConfigError(TrelmError):
@@ -24,6 +31,12 @@ class DataError(TrelmError):
 
 class CheckpointError(TrelmError):
     """A checkpoint is missing, incomplete, corrupt or belongs to a different run."""
+
+
+def everywhere(error: TrelmError, value: bool = True) -> TrelmError:
+    """The error, marked as raised by all ranks alike, or by this one alone."""
+    error.everywhere = value
+    return error
 
 
 def one_line(error: Exception, limit: int = 300) -> str:

@@ -211,7 +211,7 @@ def is_selection_fact(record: dict) -> bool:
     template and its sentences fall on the same side, in every run, on every machine, and in every
     folder that names its entities by id.
     """
-    if "object_id" in record:
+    if "object_id" in record and "subject_id" in record:
         subject, object_ = record["subject_id"], record["object_id"]
     else:  # a folder of an earlier version, or LAMA's own files, which name no entities
         subject = record.get("subject", record["text"])

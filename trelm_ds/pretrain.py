@@ -20,6 +20,7 @@ from trelm_ds.errors import (
     ConfigError,
     DataError,
     TrelmError,
+    everywhere,
 )
 
 logger = logging.getLogger(__name__)
@@ -191,8 +192,7 @@ def run(argv: list[str], stop) -> int:
     device = engines.local_device(world)
     engines.check_tracker(config.train.report_to)
     given = engines.read_deepspeed_config(args.deepspeed) if args.deepspeed else DEFAULT_DEEPSPEED
-    if world.is_main:
-        _warn_of_the_rate(config)
+    _warn_of_the_rate(config)
     bf16 = engines.use_bf16(config, device)
     ds_config = engines.resolve_deepspeed_config(given, config, world.size, bf16)
     if args.dry_run:
@@ -245,14 +245,14 @@ def _refuse_mixed_kernels(mine: bool) -> None:
     Raises:
         ConfigError: on all ranks: the C++ kernels serve on some of them only.
     """
-    from trelm_ds.distributed import gather_objects
-
     loaded = gather_objects(mine)
     without = [str(rank) for rank, served in enumerate(loaded) if not served]
     if 0 < len(without) < len(loaded):
-        raise ConfigError(
-            f"the C++ kernels cannot be built on rank(s) {', '.join(without)}: give their "
-            "machines a compiler, or set TRELM_KERNELS=0 for all"
+        raise everywhere(
+            ConfigError(
+                f"the C++ kernels cannot be built on rank(s) {', '.join(without)}: give their "
+                "machines a compiler, or set TRELM_KERNELS=0 for all"
+            )
         )
 
 
@@ -280,15 +280,15 @@ def _print_summary(output: Path, trainer) -> None:
 
 
 def _report(error: Exception) -> None:
-    """One line on stderr. Ranks fail alike on flags and files, and rank 0 says so for all; once
-    they have data of their own, each speaks for itself."""
+    """One line on stderr, of rank 0 alone where all ranks fail alike (``TrelmError``)."""
     from trelm_ds.distributed import is_initialised
 
-    rank = os.environ.get("RANK", "0")
+    rank, alike = os.environ.get("RANK", "0"), getattr(error, "everywhere", None)
+    message = " ".join(str(error).split())
     if rank == "0":
-        print(f"error: {error}", file=sys.stderr)
-    elif is_initialised():
-        print(f"error on rank {rank}: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
+    elif not (not is_initialised() if alike is None else alike):
+        print(f"error on rank {rank}: {message}", file=sys.stderr)
     logger.debug("traceback", exc_info=error)
 
 

@@ -32,7 +32,7 @@ from trelm_ds.distributed import (
     new_group,
 )
 from trelm_ds.engine import gathered
-from trelm_ds.errors import DataError
+from trelm_ds.errors import DataError, everywhere
 from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
 from trelm_ds.export import export_model, last_evaluation
 from trelm_ds.hard_negatives import HardNegatives
@@ -404,7 +404,7 @@ class Trainer:
             self.evaluate()
         self.save()
         if problem := first_problem(None if damage is None else str(damage), self.control):
-            raise DataError(f"{problem}; step {self.state.step} is saved")
+            raise everywhere(DataError(f"{problem}; step {self.state.step} is saved"))
         return not stopped
 
     def _plan(self, micro_batches: list, damaged: bool = False) -> tuple[StepPlan, bool]:

@@ -65,7 +65,7 @@ class Watch:
         self.report = dict(
             steps=0, moved_off=0, off_gradient=0, off=0, on=0, unmoved_on=0, frozen=0
         )
-        self.report |= dict(param_error=0.0, moment_error=0.0, norm_error=0.0, frozen=0)
+        self.report |= dict(param_error=0.0, moment_error=0.0, norm_error=0.0)
 
     def attach(self, trainer) -> None:
         engine, step = trainer.engine, trainer.engine.step

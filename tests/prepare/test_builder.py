@@ -321,6 +321,16 @@ def test_withheld_facts_unknown_ids_and_missing_names(tmp_path):
     assert counts["triple_end_without_name"] == counts["probe_dropped"] == 1
 
 
+def test_a_large_corpus_has_larger_shards_and_not_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "SAMPLES_PER_SHARD", 2)
+    monkeypatch.setattr(builder, "MAX_OPEN_SHARDS", 4)
+    text = "Paris is a large town , they say"
+    documents = [RawDocument(f"d{i}", text, [(0, 5, "Q90")], heldout=i > 20) for i in range(23)]
+    build_quickly(corpus_of(*documents), tmp_path / "d")
+    splits = load_manifest(tmp_path / "d")["splits"]
+    assert [shard["samples"] for shard in splits["train"]["shards"]] == [6, 6, 6, 3]
+
+
 def test_tail_is_the_lower_half_of_the_mentioned_subjects():
     frequency = np.array([8, 4, 4, 1, 0, 50])
     index = {f"Q{i}": i for i in range(6)}

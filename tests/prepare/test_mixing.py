@@ -87,7 +87,9 @@ OPTIONS = next(  # Zed's fact is for the graph alone
 
 @pytest.fixture
 def trex_folder(tmp_path):
+    odd = "Sjælland (ꜩealand) has long been part of [MASK]."
     facts = [
+        trex_fact("P27", PARIS, FRANCE, (odd, "Sjælland", "Gaul")),
         trex_fact("P27", PARIS, FRANCE, (SAY, "Parïs", "Frânce"), ("[MASK].", "Paris", "France")),
         trex_fact("P27", ("Q5", "Zéd A. Person"), JAPAN, ("Zed is of [MASK].", "Zed", "Nippon")),
     ]
@@ -100,8 +102,12 @@ def trex_folder(tmp_path):
         ("On 4 May 1900 Parïs, not Lyon, became Frânce.", {0}),
         ("so : on 5 may 1901 paris , not lyon , became france , it is said", {0}),
         ("well\non 4 may 1900 paris ,\nnot lyon , became france .\nyes", {1, 2}),  # cut in two
+        ("on 4 may\n\n1900 paris , not\nlyon , became france", {0, 2, 3}),  # in three
+        # A line that ends one and begins another is not the end of the second.
+        ("on 4 may 1900 paris , not\nlyon , became france zed\nlived well in the year\nso", {0, 1}),
         ("on 4 may 1900 paris , not lyon , became francesco", set()),
         ("on may paris not", set()),
+        ("( ) has long been part of gaul .", {0}),  # words that ERNIE did not know
         ("France .", {0}),  # a whole sentence of it, if a short one
         ("all of France", set()),
         ("zed a . person came to japan", {0}),

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from trelm_ds.arguments import add_config_flags, given_config_flags
 from trelm_ds.benchmark import runner
 from trelm_ds.benchmark.processes import run_on_ranks
@@ -77,6 +79,8 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     }
     config = load_config(args.method, None, settings)
     ranks = sorted({1, *args.ranks})
+    if 0 < (gpus := torch.cuda.device_count()) < ranks[-1]:
+        raise ConfigError(f"--ranks {ranks[-1]}: this machine shows {gpus} GPU(s)")
     cores = runner.own_cores()
     each = max(1, len(cores) // ranks[-1])
     if len(cores) < ranks[-1]:

@@ -328,10 +328,13 @@ def _open(path: Path, size: int) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise DataError(f"{path}: {error.strerror}") from None
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+            raise DataError(f"{path}: {status.st_size} bytes, the manifest says {size}")
+    except (DataError, OSError):
         os.close(descriptor)
-        raise DataError(f"{path}: {status.st_size} bytes, the manifest says {size}")
+        raise
     return descriptor
 
 

@@ -46,7 +46,7 @@ from trelm_ds.prepare.reader import ReaderOptions
 MASK = "[MASK]"
 _NOT_LETTERS = re.compile(r"[\W\d_]+")
 _WORD = re.compile(r"\w+")
-_PLAIN_WORD = re.compile(r"[a-z0-9]+")
+_LETTERS_AND_DIGITS = re.compile(r"[^\W_]+")
 _NO_ACCENTS = {code: None for code in range(0x300, 0x370)}  # combining marks
 _FIRST_WORDS = 4  # by which a repeated sentence is looked up
 
@@ -129,18 +129,21 @@ class _Refusal:
 
     Case, accents and punctuation do not count, nor words of other letters than a to z, for other
     corpora are lower-cased or cut into pieces; of a sentence neither do digits, as where this
-    corpus's own are split. A sentence may be cut in two there. A fact is taken as stated by every
+    corpus's own are split. Lines may be cut elsewhere. A fact is taken as stated by every
     line that names its object, by a name or a link, in a document that names its subject
     anywhere: an article names its subject once. Too much is refused rather than too little.
     """
 
     def __init__(self, sentences: Iterable[str], facts: Iterable[_GraphOnlyFact]):
-        self._sentences: dict[tuple[str, ...], set[str]] = {}  # by their first words
+        self._short: set[tuple[str, ...]] = set()
+        self._sentences: dict[tuple[str, ...], set[tuple[str, ...]]] = {}  # by their first words
         for sentence in sentences:
-            words = _words(_NOT_LETTERS.sub(" ", sentence))
-            if words:
-                known = self._sentences.setdefault(tuple(words[:_FIRST_WORDS]), set())
-                known.add(_spaced(words))
+            words = tuple(_words(_NOT_LETTERS.sub(" ", sentence)))
+            if len(words) < _FIRST_WORDS:
+                self._short.add(words)
+            else:
+                self._sentences.setdefault(words[:_FIRST_WORDS], set()).add(words)
+        self._short.discard(())
         self._by_name: dict[str, list[tuple[str, _GraphOnlyFact]]] = {}  # by its first word
         self._by_id: dict[str, list[_GraphOnlyFact]] = {}
         for fact in facts:
@@ -150,12 +153,7 @@ class _Refusal:
 
     def __call__(self, document: RawDocument) -> set[int]:
         rows = list(lines(document.text))
-        letters = [_words(_NOT_LETTERS.sub(" ", line)) for _, line in rows]
-        refused = {number for number, words in enumerate(letters) if self._repeats(words)}
-        for number, (words, following) in enumerate(itertools.pairwise(letters)):
-            pair = {number, number + 1}
-            if not pair & refused and self._repeats(words + following):
-                refused |= pair
+        refused = self._repeated([_words(_NOT_LETTERS.sub(" ", line)) for _, line in rows])
         words = [_words(line) for _, line in rows]
         facts = self._named(itertools.chain(*words), document)
         for number, (begin, line) in enumerate(rows):
@@ -166,6 +164,17 @@ class _Refusal:
                 for fact in facts
             ):
                 refused.add(number)
+        return refused
+
+    def _repeated(self, rows: list[list[str]]) -> set[int]:
+        """Lines that hold a part of a sentence, wherever a document's lines are cut."""
+        refused = {number for number, words in enumerate(rows) if tuple(words) in self._short}
+        owner = [number for number, words in enumerate(rows) for _ in words]
+        words = tuple(itertools.chain(*rows))
+        for first in range(len(words) - _FIRST_WORDS + 1):
+            for known in self._sentences.get(words[first : first + _FIRST_WORDS], ()):
+                if words[first : first + len(known)] == known:
+                    refused.update(owner[first : first + len(known)])
         return refused
 
     def _named(self, words: Iterable[str], document: RawDocument) -> list[_GraphOnlyFact]:
@@ -182,17 +191,11 @@ class _Refusal:
             found += self._by_id.get(entity, ())
         return found
 
-    def _repeats(self, words: list[str]) -> bool:
-        spaced = _spaced(words)
-        # Sentences of fewer words have no key of full length: they are equal to the line or not.
-        last = max(1, len(words) - _FIRST_WORDS + 1)
-        keys = (tuple(words[first : first + _FIRST_WORDS]) for first in range(last))
-        return any(known in spaced for key in keys for known in self._sentences.get(key, ()))
-
 
 def _words(text: str) -> list[str]:
-    """Its words of the letters a to z and digits, in lower case and without accents."""
-    return _PLAIN_WORD.findall(unicodedata.normalize("NFD", text.casefold()).translate(_NO_ACCENTS))
+    """Its words that are of the letters a to z and digits, in lower case and without accents."""
+    plain = unicodedata.normalize("NFD", text.casefold()).translate(_NO_ACCENTS)
+    return [word for word in _LETTERS_AND_DIGITS.findall(plain) if word.isascii()]
 
 
 def _spaced(words: list[str]) -> str:

@@ -368,13 +368,16 @@ class RoutingController:
         if "block.scores" not in state:
             raise CheckpointError("the checkpoint has no state of routing.form block")
         self._check_shape("blocks", state["block.last_used"], self.blocks.last_used)
+        scores, shape = state["block.scores"], (self._world_size(), self.num_layers, self.size)
+        if scores.shape != shape:
+            raise CheckpointError(
+                f"the checkpoint's block scores are of {len(scores)} rank(s) and of shape "
+                f"{tuple(scores.shape[1:])}, the run's of {shape[0]} and {shape[1:]}"
+            )
         self.blocks.count = int(state["block.rotations"])
         self.last_rotation = int(state["block.last_rotation"])
         self.blocks.current.copy_(state["block.current"])
         self.blocks.last_used.copy_(state["block.last_used"])
-        shape = (self._world_size(), self.num_layers, self.size)
-        scores = state["block.scores"]
-        self._check_shape("block scores", scores, scores.new_empty(shape))
         self.context.score_sums = scores[self._rank()].to(self.device, copy=True)
 
     # ---- internals -------------------------------------------------------------------------
