@@ -17,10 +17,10 @@ def ratio(method, metric, **changes):
     return row | {"mlm_loss": 5.1, "baseline_mlm_loss": 5.0} | changes
 
 
-def write(results, ratios, start=None):
+def write(results, ratios, start=None, seeds=(1, 2, 3)):
     folder = results / "2026-01-02-study"
     folder.mkdir(parents=True)
-    study = {"data": "tiny", "seeds": [1, 2, 3], "settings": {}, "start": start}
+    study = {"data": "tiny", "seeds": list(seeds), "settings": {}, "start": start}
     content = {"kind": "convergence", "ratios": ratios, "study": study}
     (folder / "convergence.json").write_text(json.dumps(content))
     (folder / "REPORT.md").write_text("")
@@ -67,6 +67,11 @@ def test_a_study_and_whole_models_are_shown_newest_first(tmp_path):
 def test_a_study_says_what_its_runs_went_on_from(tmp_path, start, told):
     write(tmp_path / "results", [ratio("trelm", "eval/report_p1")], start)
     assert told in summary_table(tmp_path / "results", tmp_path)
+
+
+def test_a_study_of_one_seed_is_not_on_the_first_screen(tmp_path):
+    write(tmp_path / "results", [ratio("trelm", "eval/report_p1")], seeds=[1])
+    assert "`trelm`" not in summary_table(tmp_path / "results", tmp_path)
 
 
 def test_only_what_lies_between_the_marks_is_replaced(tmp_path, capsys):

@@ -86,6 +86,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _study_lines(result: dict) -> Iterator[tuple[str, ...]]:
     """A line for each TRELM: its time to the scores of the baseline that leaves it least gain."""
     study = result["study"]
+    if len(study["seeds"]) < 2:
+        return  # of one seed: in docs/experiments.md, with its caveats
     what = f"{study['data']}, {_start(study)}, {len(study['seeds'])} seeds"
     headline = least_gains(result["ratios"])  # older files have another rule's
     for method in dict.fromkeys(row["method"] for row in result["ratios"]):
