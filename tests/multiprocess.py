@@ -1,7 +1,6 @@
 """Runs a function on several ranks on this machine and collects what each returns."""
 
 import os
-import socket
 import tempfile
 import traceback
 from datetime import timedelta
@@ -11,11 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+from trelm_ds.distributed import free_port
 
 
 def _entry(rank, function, world_size, port, folder, args, backend):

@@ -16,8 +16,7 @@ from trelm_ds.trainer import Trainer
     ("width", "rate", "warned"), [(768, 2e-3, True), (768, 1e-4, False), (128, 2e-3, False)]
 )
 def test_the_sample_s_learning_rate_is_not_for_a_large_model(caplog, width, rate, warned):
-    settings = {"model.hidden_size": width, "model.num_attention_heads": 4}
-    pretrain._warn_of_the_rate(build_config(settings | {"train.learning_rate": rate}))
+    pretrain._warn_of_the_rate(build_config({"train.learning_rate": rate}), width)
     assert ("1e-4 or less" in caplog.text) == warned
 
 

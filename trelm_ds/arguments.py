@@ -59,6 +59,22 @@ def given_config_flags(
     }
 
 
+def given_settings(args: argparse.Namespace, own: Collection[str], owner: str) -> dict[str, object]:
+    """The flat keys of the flags and of ``--set``, which wins.
+
+    Args:
+        own: keys, by their bare names, that are not the user's here.
+        owner: what decides them, for the message.
+    Raises:
+        ConfigError: a key of ``own``, or an assignment that is none.
+    """
+    assigned = dict(parse_assignment(text) for text in args.set)
+    for key in assigned:
+        if key.partition(".")[2] in own:
+            raise ConfigError(f"--set {key}: the {owner} decides it, see --help")
+    return given_config_flags(args, own) | assigned
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = LineParser(
         prog="launch/pretrain.py",

@@ -73,9 +73,7 @@ def get_world(env: dict | None = None) -> World:
         launcher, rank, size, local_rank = "none", 0, 1, 0
         env.setdefault("MASTER_ADDR", "127.0.0.1")
         if "MASTER_PORT" not in env:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                env["MASTER_PORT"] = str(probe.getsockname()[1])
+            env["MASTER_PORT"] = str(free_port())
     if not 0 <= rank < size:
         raise ConfigError(f"rank {rank} is not below the world size {size}")
     for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", local_rank)):
@@ -83,6 +81,13 @@ def get_world(env: dict | None = None) -> World:
     per_node = env.get("SLURM_NTASKS_PER_NODE", str(size)) if launcher == "slurm" else "1"
     env.setdefault("LOCAL_SIZE", env.get("LOCAL_WORLD_SIZE", per_node))
     return World(rank, size, local_rank, launcher)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def is_initialised() -> bool:

@@ -45,11 +45,12 @@ def one_line(error: Exception, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def report(error: Exception) -> int:
+def report(error: Exception, heading: str = "error") -> int:
     """Says on stderr in one line what went wrong; the exit code of a script that ends by it.
 
     Args:
         error: a ``TrelmError``, or an OSError that no one could foresee: a full disk.
+        heading: what the line begins with.
     """
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{heading}: {' '.join(str(error).split())}", file=sys.stderr)
     return getattr(error, "exit_code", EXIT_FAILED)

@@ -21,6 +21,7 @@ from trelm_ds.errors import (
     DataError,
     TrelmError,
     everywhere,
+    report,
 )
 
 logger = logging.getLogger(__name__)
@@ -113,14 +114,17 @@ def _lock(output: Path) -> None:
             return
 
 
-def ensure_sample(data_dir: Path) -> None:
-    """Writes the embedded corpus's shards where they are not there yet."""
-    if (data_dir / "manifest.json").exists():
-        return
-    logger.info("writing the sample corpus to %s", data_dir)
-    from trelm_ds.prepare.cli import prepare
+def data_folder(named: str | Path | None) -> Path:
+    """The prepared folder that is named, or the embedded corpus's, written where it is not yet."""
+    if named is not None:
+        return Path(named)
+    folder = Path(SAMPLE_DIR)
+    if not (folder / "manifest.json").exists():
+        logger.info("writing the sample corpus to %s", folder)
+        from trelm_ds.prepare.cli import prepare
 
-    prepare(["sample", "--output", str(data_dir)])
+        prepare(["sample", "--output", str(folder)])
+    return folder
 
 
 def _prepare_folders(config: Config, world: World) -> None:
@@ -128,10 +132,8 @@ def _prepare_folders(config: Config, world: World) -> None:
     choice, problem = None, None
     if world.is_main:
         try:
-            data = Path(config.data.data_dir or SAMPLE_DIR)
-            if config.data.data_dir is None:
-                ensure_sample(data)
-            elif not (data / "manifest.json").is_file():
+            data = data_folder(config.data.data_dir)
+            if not (data / "manifest.json").is_file():
                 raise DataError(
                     f"--data_dir {data}: no manifest.json there; write it with launch/prepare.py"
                 )
@@ -168,12 +170,11 @@ def _dry_run(config: Config, ds_config: dict, world: World) -> None:
     from trelm_ds.model import TrelmModel
     from trelm_ds.routing.controller import refuse_unsupported
 
-    data = Path(config.data.data_dir or SAMPLE_DIR)
-    if config.data.data_dir is None:
-        ensure_sample(data)
+    data = data_folder(config.data.data_dir)
     manifest = load_manifest(data)
     refuse_unsupported(config, zero_stage(ds_config))
     model = TrelmModel.build(config, data, KnowledgeGraph.load(data), KnowledgeTables.load(data))
+    _warn_of_the_rate(config, model.hidden_size)
     keys = manifest["graph"]["entities"] + manifest["long_tail_words"]
     print(describe_run(config, ds_config, world.size, model, keys))
 
@@ -192,7 +193,6 @@ def run(argv: list[str], stop) -> int:
     device = engines.local_device(world)
     engines.check_tracker(config.train.report_to)
     given = engines.read_deepspeed_config(args.deepspeed) if args.deepspeed else DEFAULT_DEEPSPEED
-    _warn_of_the_rate(config)
     bf16 = engines.use_bf16(config, device)
     ds_config = engines.resolve_deepspeed_config(given, config, world.size, bf16)
     if args.dry_run:
@@ -219,6 +219,7 @@ def run(argv: list[str], stop) -> int:
     if device.type == "cpu":
         _refuse_mixed_kernels(kernels)
     trainer = Trainer(config, ds_config, world, device, stop)
+    _warn_of_the_rate(config, trainer.model.hidden_size)
     trainer.resume()
     if world.is_main:
         _write_records(config, ds_config)
@@ -256,17 +257,14 @@ def _refuse_mixed_kernels(mine: bool) -> None:
         )
 
 
-def _warn_of_the_rate(config: Config) -> None:
+def _warn_of_the_rate(config: Config, hidden_size: int) -> None:
     """The default learning rate is for the sample's small model, and ruins a large one."""
-    from trelm_ds.model import read_backbone_config
-
-    folder, rate = config.model.model_name_or_path, config.train.learning_rate
-    size = read_backbone_config(folder).hidden_size if folder else config.model.hidden_size
-    if size >= 512 and rate > 5e-4:
+    rate = config.train.learning_rate
+    if hidden_size >= 512 and rate > 5e-4:
         logger.warning(
             "train.learning_rate %g is far above what a model %d wide takes: 1e-4 or less",
             rate,
-            size,
+            hidden_size,
         )
 
 
@@ -284,11 +282,10 @@ def _report(error: Exception) -> None:
     from trelm_ds.distributed import is_initialised
 
     rank, alike = os.environ.get("RANK", "0"), getattr(error, "everywhere", None)
-    message = " ".join(str(error).split())
     if rank == "0":
-        print(f"error: {message}", file=sys.stderr)
+        report(error)
     elif not (not is_initialised() if alike is None else alike):
-        print(f"error on rank {rank}: {message}", file=sys.stderr)
+        report(error, f"error on rank {rank}")
     logger.debug("traceback", exc_info=error)
 
 

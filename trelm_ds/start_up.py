@@ -69,7 +69,8 @@ def check_knowledge(data_dir: Path, manifest: dict, world, group) -> str:
             raise everywhere(DataError(problem))
     digests = {digest for digest, _ in looked if digest is not None}
     if len(digests) > 1:
-        raise DataError(f"{data_dir}/tables: not the same on every machine: copy one to all")
+        problem = f"{data_dir}/tables: not the same on every machine: copy one to all"
+        raise everywhere(DataError(problem))
     return digests.pop()
 
 
@@ -102,5 +103,5 @@ def ensure_entity_samples(
             except (DataError, OSError) as error:
                 problem = str(error)
     if problem := first_problem(problem, group):
-        raise DataError(problem)
+        raise everywhere(DataError(problem))
     return EntitySamples.load(data_dir)

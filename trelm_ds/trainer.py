@@ -382,7 +382,7 @@ class Trainer:
                 micro_batches, damage = [], error
             self._interval.watch.stop("data")
             # Only what the ranks agreed on in the plan decides: their own clocks differ.
-            ahead, stopped = self._plan(micro_batches, damage is not None)
+            ahead, stopped = self._plan(micro_batches)
             if stopped or ahead.progress >= 1.0:
                 break
             plan = ahead
@@ -407,10 +407,10 @@ class Trainer:
             raise everywhere(DataError(f"{problem}; step {self.state.step} is saved"))
         return not stopped
 
-    def _plan(self, micro_batches: list, damaged: bool = False) -> tuple[StepPlan, bool]:
+    def _plan(self, micro_batches: list) -> tuple[StepPlan, bool]:
         """One small host collective: global counts, the slowest clock, stop requests, health.
 
-        ``damaged``: there are no micro-batches, and the run has to stop for it.
+        A rank without micro-batches cannot go on, and all stop.
         """
         counts = [batch.counts() for batch in micro_batches]
         row = [
@@ -420,7 +420,7 @@ class Trainer:
             float(sum(c["entity"] for c in counts)),
             float(sum(c["tokens"] for c in counts)),
             float(sum(c["sequences"] for c in counts)),
-            float(self.stop.requested or damaged),
+            float(self.stop.requested or not micro_batches),
             self.state.clock_s,
             float(self._finite),
         ]

@@ -152,10 +152,10 @@ def selective_run(rank, world_size, data_dir, output_dir, settings) -> dict:
     watch.attach(trainer)
     plan, taken = trainer._plan, [0]
 
-    def stop(micro_batches, *damaged):
+    def stop(micro_batches):
         taken[0] += 1
         trainer.stop.requested = taken[0] > STOP_AT
-        return plan(micro_batches, *damaged)
+        return plan(micro_batches)
 
     trainer._plan = stop
     assert trainer.train() is False and trainer.state.step == STOP_AT

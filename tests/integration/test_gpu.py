@@ -135,10 +135,10 @@ def resumed(rank, world_size, data_dir, folder):
     trainer = make_trainer(data_dir, folder / "parts", **settings)
     plan, taken = trainer._plan, [0]
 
-    def stop(micro_batches, *damaged):
+    def stop(micro_batches):
         taken[0] += 1
         trainer.stop.requested = taken[0] > STEPS // 2
-        return plan(micro_batches, *damaged)
+        return plan(micro_batches)
 
     trainer._plan = stop
     assert trainer.train() is False

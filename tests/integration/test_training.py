@@ -258,7 +258,7 @@ def one_sided_run(rank, world_size, data_dir, output_dir):
             **DOTTED_NO_DROPOUT,
         )
         plan, step = trainer._plan, trainer._step
-        trainer._plan = lambda micro, *damaged, plan=plan: plan(one_sided(micro, rank), *damaged)
+        trainer._plan = lambda micro, plan=plan: plan(one_sided(micro, rank))
         trainer._step = lambda micro, p, step=step: step(one_sided(micro, rank), p)
         trainer.train()
         trainer.engine.destroy()
@@ -298,10 +298,10 @@ def resumed_run(rank, world_size, data_dir, output_dir, settings):
     stopped = make_trainer(data_dir, output_dir / "stopped", **settings)
     plan, taken = stopped._plan, [0]
 
-    def stop_after_three(micro_batches, *damaged):
+    def stop_after_three(micro_batches):
         taken[0] += 1
         stopped.stop.requested = taken[0] > 3 and rank == 0  # one rank is asked, all stop
-        return plan(micro_batches, *damaged)
+        return plan(micro_batches)
 
     stopped._plan = stop_after_three
     assert stopped.train() is False

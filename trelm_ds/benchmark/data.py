@@ -31,11 +31,11 @@ from trelm_ds.config import Config, load_config
 from trelm_ds.data.loader import StepLoader
 from trelm_ds.data.order import stream_position
 from trelm_ds.data.schema import decode_sample, encode_sample
-from trelm_ds.data.shards import ShardReader, load_manifest
+from trelm_ds.data.shards import ShardReader, load_manifest, sample_limits
 from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.metrics import peak_resident_gib
-from trelm_ds.pretrain import SAMPLE_DIR, ensure_sample
+from trelm_ds.pretrain import data_folder
 from trelm_ds.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -63,12 +63,7 @@ def _picked(folder: Path, samples: int, seed: int) -> tuple[ShardReader, Iterato
 
 def _decode(config: Config, folder: Path, samples: int) -> Iterator[int]:
     reader, rounds = _picked(folder, samples, config.train.seed)
-    manifest = load_manifest(folder)
-    limits = {
-        "max_length": manifest["max_seq_length"],
-        "vocab_size": manifest["tokenizer"]["vocab_size"],
-        "num_keys": manifest["graph"]["entities"] + manifest["long_tail_words"],
-    }
+    limits = sample_limits(load_manifest(folder))
     payloads = [encode_sample(reader[i]) for i in next(rounds)]  # the bytes that the shards hold
     while True:
         for payload in payloads:
@@ -137,9 +132,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
         raise ConfigError(f"--num_workers {args.num_workers}: must not be negative")
     # Drawing by the knowledge state needs a run that has one: texts come in natural order.
     settings = {"sampling.form": "natural", "train.per_device_train_batch_size": args.batch}
-    folder = args.data_dir or Path(SAMPLE_DIR)
-    if args.data_dir is None:
-        ensure_sample(folder)
+    folder = data_folder(args.data_dir)
     settings["data.max_seq_length"] = load_manifest(folder)["max_seq_length"]
     rows = []
     for stage in STAGES if args.num_workers else list(STAGES)[:-1]:

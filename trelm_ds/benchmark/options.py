@@ -7,12 +7,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from trelm_ds.arguments import add_config_flags, given_config_flags
+from trelm_ds.arguments import add_config_flags, given_settings
 from trelm_ds.benchmark.arms import Arm, load_table
+from trelm_ds.benchmark.results import require_positive
 from trelm_ds.benchmark.study import SELECT_BY, Budget, Race, Start, Study
-from trelm_ds.config import Config, parse_assignment
+from trelm_ds.config import Config
 from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
-from trelm_ds.pretrain import SAMPLE_DIR, ensure_sample
+from trelm_ds.pretrain import data_folder
 from trelm_ds.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -91,8 +92,7 @@ def declared_study(
         ConfigError: a number out of range, the same rate or arm twice, or an unknown key.
         DataError: the data folder is not one.
     """
-    if args.seeds < 1:
-        raise ConfigError(f"--seeds {args.seeds}: must be at least 1")
+    require_positive(args, "seeds")
     if args.select_by.startswith(("eval/report_", "eval/probe_")):
         raise ConfigError(
             f"--select_by {args.select_by}: settings are chosen by facts that are not reported: "
@@ -106,15 +106,9 @@ def declared_study(
         raise ConfigError("--learning_rates: a rate is named twice")
     if args.deepspeed is not None and not args.deepspeed.is_file():
         raise ConfigError(f"--deepspeed {args.deepspeed}: no such file")
-    assigned = dict(parse_assignment(text) for text in args.set)
-    for key in assigned:
-        if key.partition(".")[2] in OWN:
-            raise ConfigError(f"--set {key}: the study decides it, see --help")
-    settings = given_config_flags(args, OWN) | assigned
+    settings = given_settings(args, OWN, "study")
     start = _declared_start(args)
-    if args.data is None:
-        ensure_sample(Path(SAMPLE_DIR))
-    settings["data.data_dir"] = str(args.data or SAMPLE_DIR)
+    settings["data.data_dir"] = str(data_folder(args.data))
     return Study(
         folder_of(args),
         arms,
@@ -134,8 +128,7 @@ def _declared_start(args: argparse.Namespace) -> Start | None:
         if args.start_learning_rate is not None:
             raise ConfigError("--start_learning_rate: name --start_steps with it")
         return None
-    if args.start_steps < 1:
-        raise ConfigError(f"--start_steps {args.start_steps}: must be at least 1")
+    require_positive(args, "start_steps")
     arm = load_table().find([args.start_method])
     if len(arm) != 1:
         raise ConfigError(f"--start_method {args.start_method}: names {len(arm)} arms, one starts")

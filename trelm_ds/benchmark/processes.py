@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trelm_ds.benchmark.runner import bind_to_cores, child_environment
+from trelm_ds.distributed import free_port
 from trelm_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, TrelmError
 from trelm_ds.stopping import StopRequest
 
@@ -86,9 +86,7 @@ def run_on_ranks(
         shares: the cores of each rank.
         console: file that the output of all of them is added to.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     job |= {"WORLD_SIZE": str(len(shares)), "LOCAL_SIZE": str(len(shares))}
     processes: list[subprocess.Popen] = []
     told, until = False, float("inf")

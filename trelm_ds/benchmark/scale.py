@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from trelm_ds.arguments import add_config_flags, given_config_flags
+from trelm_ds.arguments import add_config_flags, given_settings
 from trelm_ds.benchmark import runner
 from trelm_ds.benchmark.processes import run_on_ranks
 from trelm_ds.benchmark.results import require_folder, require_positive, write_json, write_result
-from trelm_ds.config import Config, load_config, parse_assignment
+from trelm_ds.config import Config, load_config
 from trelm_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, ConfigError
-from trelm_ds.pretrain import SAMPLE_DIR, ensure_sample
+from trelm_ds.pretrain import data_folder
 from trelm_ds.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -65,14 +65,8 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     require_positive(args, "ranks", "rounds")
     if args.steps < 2:
         raise ConfigError(f"--steps {args.steps}: must be at least 2, the first are not timed")
-    assigned = dict(parse_assignment(text) for text in args.set)
-    for key in assigned:
-        if key.partition(".")[2] in OWN:
-            raise ConfigError(f"--set {key}: the benchmark decides it")
-    settings = given_config_flags(args, OWN) | assigned
-    if settings.get("data.data_dir") is None:
-        ensure_sample(Path(SAMPLE_DIR))
-        settings["data.data_dir"] = SAMPLE_DIR
+    settings = given_settings(args, OWN, "benchmark")
+    settings["data.data_dir"] = str(data_folder(settings.get("data.data_dir")))
     settings |= QUIET | {
         "train.max_steps": args.steps,
         "train.logging_steps": max(1, args.steps // INTERVALS),

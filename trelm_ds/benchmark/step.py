@@ -26,7 +26,7 @@ import torch.distributed as dist
 from trelm_ds.benchmark.cost_model import step_flops
 from trelm_ds.benchmark.processes import ProcessDied, in_own_process
 from trelm_ds.benchmark.ranks import choose_device, process_group, this_world
-from trelm_ds.benchmark.results import require_folder, write_result
+from trelm_ds.benchmark.results import require_folder, require_positive, write_result
 from trelm_ds.compact_gradients import CompactGradients
 from trelm_ds.config import Config, RoutingConfig, build_config
 from trelm_ds.data.collate import Batch, Collator, Example
@@ -481,8 +481,7 @@ def run(args: argparse.Namespace, stop) -> int:
         arms = [a for a in arms if not a.endswith(COMPACT)]
     if not arms:
         raise ConfigError(f"--arms {' '.join(args.arms)}: none of {', '.join(ARMS)}")
-    if args.rounds < 1:
-        raise ConfigError(f"--rounds {args.rounds}: must be at least 1")
+    require_positive(args, "rounds")
     device = choose_device(args.device, world)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -348,6 +348,15 @@ def _check_digest(path: Path, descriptor: int, expected: str) -> None:
         raise DataError(f"{path}: sha256 is not the manifest's; the file is corrupt or was changed")
 
 
+def sample_limits(manifest: dict) -> dict[str, int]:
+    """What ``decode_sample`` holds a folder's samples to."""
+    return {
+        "max_length": manifest["max_seq_length"],
+        "vocab_size": manifest["tokenizer"]["vocab_size"],
+        "num_keys": manifest["graph"]["entities"] + manifest["long_tail_words"],
+    }
+
+
 class ShardReader:
     """Random access to one split's samples.
 
@@ -371,11 +380,7 @@ class ShardReader:
         self._shards = entry["shards"]
         self._first = [shard["first_sample"] for shard in self._shards]
         self._samples, self._spans = entry["samples"], entry["spans"]
-        self._limits = {
-            "max_length": manifest["max_seq_length"],
-            "vocab_size": manifest["tokenizer"]["vocab_size"],
-            "num_keys": manifest["graph"]["entities"] + manifest["long_tail_words"],
-        }
+        self._limits = sample_limits(manifest)
         self._verify = verify
         self._verified: set[int] = set()
         self._open_shards: OrderedDict[int, tuple[int, int]] = OrderedDict()

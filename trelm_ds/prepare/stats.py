@@ -12,6 +12,7 @@ from trelm_ds.data.shards import ShardReader
 from trelm_ds.errors import DataError
 from trelm_ds.files import whole_file, write_text
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+from trelm_ds.prepare.files import iter_jsonl
 
 
 def write_stats(folder: Path, manifest: dict, preparation: dict | None = None) -> dict:
@@ -114,16 +115,14 @@ def _count_probes(folder: Path) -> dict:
     """Records by set, and of them the long-tail and the graph-only ones."""
     sets: dict[str, Counter[str]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        # A text may hold other characters that `splitlines` takes for the end of a line.
-        for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
+        for where, record in iter_jsonl(path):
             try:
-                record = json.loads(line)
                 counter = sets.setdefault(record["set"], Counter(all=0, tail=0, graph_only=0))
                 counter.update(
                     all=1, tail=int(record["tail"]), graph_only=int(record["graph_only"])
                 )
             except (ValueError, KeyError, TypeError):
-                raise DataError(f"{path}: not a probe record: {line[:80]!r}") from None
+                raise DataError(f"{where}: not a probe record: {str(record)[:80]}") from None
     return {name: dict(counter) for name, counter in sets.items()}
 
 

@@ -21,6 +21,7 @@ The input folder holds ``relations.jsonl``, ``trex/P*.jsonl`` and, if there,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import re
@@ -155,7 +156,7 @@ class _Refusal:
         rows = list(lines(document.text))
         refused = self._repeated([_words(_NOT_LETTERS.sub(" ", line)) for _, line in rows])
         words = [_words(line) for _, line in rows]
-        facts = self._named(itertools.chain(*words), document)
+        facts = self._named(list(itertools.chain(*words)), document)
         for number, (begin, line) in enumerate(rows):
             spaced, end = _spaced(words[number]), begin + len(line)
             linked = {entity for start, _, entity in document.spans if begin <= start < end}
@@ -177,9 +178,8 @@ class _Refusal:
                     refused.update(owner[first : first + len(known)])
         return refused
 
-    def _named(self, words: Iterable[str], document: RawDocument) -> list[_GraphOnlyFact]:
+    def _named(self, words: list[str], document: RawDocument) -> list[_GraphOnlyFact]:
         """The facts whose subject the document names or links."""
-        words = list(words)
         spaced = _spaced(words)
         found = [
             fact
@@ -302,14 +302,17 @@ def read_trex(inputs: list[Path], options: ReaderOptions) -> RawCorpus:
                 corpus.probes.append(
                     RawProbe(fact[1], fact[0], fact[2], question, answer, "context", graph_only)
                 )
-    corpus.refuses = _Refusal(
-        sentences.spans,
-        [
+
+    @functools.cache  # an index of all sentences: for a document of another corpus alone
+    def refusal() -> _Refusal:
+        facts = [
             _GraphOnlyFact(s, o, _spaced_names(surfaces[s]), _spaced_names(surfaces[o]))
             for s, _, o in answers
             if options.is_graph_only(s)
-        ],
-    )
+        ]
+        return _Refusal(sentences.spans, facts)
+
+    corpus.refuses = lambda document: refusal()(document)
     words = find_file(folder, "common_vocab_cased.txt")
     if words:
         corpus.candidates = [word for _, word in iter_lines(words) if word.strip()]
