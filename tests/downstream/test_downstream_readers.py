@@ -98,7 +98,7 @@ def test_missing_files(tmp_path):
         read_typing(tmp_path)
     (tmp_path / "dev.json").unlink()
     (tmp_path / "dev.json.gz").write_bytes(gzip.compress(lines(ROME).encode())[:-9])
-    with pytest.raises(DataError, match="dev.json.gz:.*broken gzip"):
+    with pytest.raises(DataError, match="dev.json.gz:.*broken .gz file"):
         read_typing(tmp_path)
 
 

@@ -1,5 +1,7 @@
 """Every reader on files of its format, good and bad."""
 
+import bz2
+import html
 import json
 from pathlib import Path
 
@@ -10,11 +12,12 @@ from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.prepare.ernie import read_ernie
 from trelm_ds.prepare.graphs import read_graph
 from trelm_ds.prepare.jsonl import read_jsonl
-from trelm_ds.prepare.raw import RawCorpus
+from trelm_ds.prepare.raw import RawCorpus, RawGraph
 from trelm_ds.prepare.reader import ReaderOptions
 from trelm_ds.prepare.rebel import read_rebel
 from trelm_ds.prepare.trex import read_trex
 from trelm_ds.prepare.wikidata5m import read_wikidata5m
+from trelm_ds.prepare.wikipedia import read_wikipedia
 
 NOTHING_APART = {"heldout_fraction": 0.0, "graph_only_fraction": 0.0}
 CURIE, PARIS, POLAND = ("Q7186", "Marie Curie"), ("Q90", "Paris"), ("Q36", "Poland")
@@ -475,8 +478,8 @@ def empty_folder(folder):
         (surrogate_title, r"a.jsonl:1: holds a lone surrogate"),
         (boolean_span, r"a.jsonl:1: span ends must be integers"),
         (not_utf8, r"a.jsonl:1: not UTF-8"),
-        (cut_gzip, r"a.jsonl.gz:\d: broken gzip file"),
-        (no_gzip, r"a.jsonl.gz:1: broken gzip file"),
+        (cut_gzip, r"a.jsonl.gz:\d: broken .gz file"),
+        (no_gzip, r"a.jsonl.gz:1: broken .gz file"),
         (rebel_outside, r"a.jsonl:1: span \[0, 99\)"),
         (trex_relation, r"P99.jsonl.gz:1: relation 'P99' is not in relations.jsonl"),
         (trex_template, r"relations.jsonl:1: the template needs one \[X\] and one \[Y\]"),
@@ -517,3 +520,112 @@ def test_bad_graphs(tmp_path, source, error, message):
     (tmp_path / "folder").mkdir()
     with pytest.raises(error, match=message):
         read_graph(str(tmp_path / source))
+
+
+# --- wikipedia ----------------------------------------------------------------------------------
+
+TITLES = [("Marie_Curie", "Q7186"), ("Paris", "Q90"), ("Paris%20%28mythology%29", "Q167646")]
+TITLES += [("City_of_Light", "Q90"), ("Nowhere", "#UNK#")]
+ARTICLE = (
+    'Marie Curie\nMarie Curie lived in <a href="City%20of%20Light">the capital</a>s & '
+    '<a href="Nowhere">nowhere</a>; <a href="paris#History">Paris</a> knew Marie Curie. '
+    'The Capital of Paris is <a href="File%3AX.png">a <a href="Paris">small</a> picture</a>.'
+)
+MENTIONS = [
+    ("Marie Curie", "Q7186"), ("the capital", "Q90"), ("Paris", "Q90"), ("Marie Curie", "Q7186"),
+    ("The Capital", "Q90"), ("Paris", "Q90"), ("small", "Q90"),
+]  # fmt: skip
+
+
+def write_wikipedia(folder: Path, articles: dict[str, list], titles=TITLES) -> Path:
+    for name, rows in articles.items():
+        write_lines(folder / name, rows)
+    write_lines(folder / "anchor2id.txt", titles)
+    return folder
+
+
+def doc_element(text: str, page="12", title="Marie Curie") -> str:
+    return (
+        f'<doc id="{page}" url="https://example.org?curid={page}" title="{title}">\n{text}\n</doc>'
+    )
+
+
+def without_title(text: str) -> str:
+    return text.partition("\n")[2]
+
+
+@pytest.mark.parametrize("escaped", [True, False])
+@pytest.mark.parametrize("form", ["json", "doc"])
+def test_wikipedia_links_are_mentions_and_so_are_their_repetitions(tmp_path, form, escaped):
+    text = html.escape(ARTICLE, quote=False) if escaped else ARTICLE
+    article = (
+        {"id": "12", "revid": "1", "title": "Marie Curie", "text": without_title(text)}
+        if form == "json"
+        else doc_element(text)
+    )
+    folder = write_wikipedia(tmp_path, {"AA/wiki_00": [article]})
+    corpus = read_wikipedia([folder], ReaderOptions())
+    documents = list(corpus.documents)
+    assert [(d.doc, d.text) for d in documents] == [
+        (
+            "12",
+            "Marie Curie lived in the capitals & nowhere; Paris knew Marie Curie. "
+            "The Capital of Paris is a small picture.",
+        )
+    ]
+    assert [(documents[0].text[s:e], i) for s, e, i in sorted(documents[0].spans)] == MENTIONS
+    assert corpus.counts == {"link": 3, "link_without_id": 1, "mention_repeated": 4}
+    assert corpus.graph.entities["Q90"].name == "City of Light"
+    assert corpus.graph.entities["Q90"].aliases == ("Paris",)
+
+
+def test_wikipedia_names_come_from_the_graph_first(tmp_path):
+    known = RawGraph()
+    known.name_entity("Q90", "Paris, France")
+    article = {"id": "1", "title": "Paris (mythology)", "text": 'Paris saw <a href="Paris">P</a>.'}
+    folder = write_wikipedia(tmp_path, {"wiki_00.gz": [article]})
+    corpus = read_wikipedia([folder], ReaderOptions(graph=known))
+    assert surfaces(corpus) == [[("Paris", "Q167646"), ("P", "Q90")]]
+    assert {e: node.name for e, node in corpus.graph.entities.items()} == {"Q167646": "Paris"}
+
+
+def test_wikipedia_reads_bz2_files_in_order_and_up_to_the_limit(tmp_path):
+    folder = write_wikipedia(tmp_path, {"AB/wiki_00": [doc_element("c", page="3")]})
+    packed = bz2.compress(f"{doc_element('a', page='1')}\n{doc_element('b', page='2')}\n".encode())
+    (folder / "AA").mkdir()
+    (folder / "AA" / "wiki_00.bz2").write_bytes(packed)
+    corpus = read_wikipedia(
+        [folder / "AA", folder / "AB", folder / "anchor2id.txt"], ReaderOptions()
+    )
+    assert [d.doc for d in corpus.documents] == ["1", "2", "3"]
+    limited = read_wikipedia([folder], ReaderOptions(limit=2))
+    assert [d.doc for d in limited.documents] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("files", "titles", "message"),
+    [
+        ({"text": ["x"]}, TITLES, r"no wiki_\* file"),
+        (
+            {"wiki_0": [doc_element("a")]},
+            [("Paris", "#UNK#")],
+            r"anchor2id.txt: no line of a title",
+        ),
+        ({"wiki_0": [doc_element("a")]}, ["Paris"], r"anchor2id.txt:1: expected 2 tab-separated"),
+        ({"wiki_0": ["a line"]}, TITLES, r"wiki_0:1: expected a JSON object or <doc"),
+        ({"wiki_0": [doc_element("a")[:-6]]}, TITLES, r"wiki_0:1: the article does not end"),
+        ({"wiki_0": [{"id": "1", "title": "a"}]}, TITLES, r"wiki_0:1: 'text' is missing"),
+        ({"wiki_0": [{"id": "", "title": "a", "text": "b"}]}, TITLES, r"wiki_0:1: .* has no id"),
+        ({"wiki_0.bz2": ["not bz2"]}, TITLES, r"wiki_0.bz2:1: broken .bz2 file"),
+    ],
+)
+def test_wikipedia_says_what_is_wrong(tmp_path, files, titles, message):
+    folder = write_wikipedia(tmp_path, files, titles)
+    with pytest.raises(DataError, match=message):
+        list(read_wikipedia([folder], ReaderOptions()).documents)
+
+
+def test_wikipedia_needs_a_table_of_titles(tmp_path):
+    write_lines(tmp_path / "wiki_00", [doc_element("a")])
+    with pytest.raises(DataError, match="no table of titles"):
+        read_wikipedia([tmp_path], ReaderOptions())

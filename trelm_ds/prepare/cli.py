@@ -22,6 +22,7 @@ from trelm_ds.prepare.rebel import read_rebel
 from trelm_ds.prepare.staging import check_output
 from trelm_ds.prepare.trex import read_trex
 from trelm_ds.prepare.wikidata5m import read_wikidata5m
+from trelm_ds.prepare.wikipedia import read_wikipedia
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ READERS: dict[str, tuple[Callable[[list[Path], ReaderOptions], RawCorpus], str]]
     "ernie": (read_ernie, "ERNIE's linked Wikipedia articles"),
     "rebel": (read_rebel, "REBEL documents, *.jsonl"),
     "jsonl": (read_jsonl, 'your own: {"id", "text", "spans": [[start, end, "Q42"]]} a line'),
+    "wikipedia": (read_wikipedia, "WikiExtractor's output with links, and a table of titles"),
     "wikidata5m": (read_wikidata5m, "Wikidata5M: triples, aliases and texts in one folder"),
 }
 

@@ -1,7 +1,8 @@
-"""Reading foreign files: plain or gzip text, line by line, every fault with its file and line."""
+"""Reading foreign files: text, maybe compressed, line by line, every fault with file and line."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
@@ -14,6 +15,7 @@ from trelm_ds.errors import DataError
 
 # A Wikipedia article is well under 4 MiB; a gzip file can expand a thousandfold without a limit.
 MAX_LINE_CHARACTERS = 1 << 26
+_OPEN = {".gz": gzip.open, ".bz2": bz2.open}
 _ID = re.compile(r"[^\s]{1,200}")
 _WIKIDATA_ID = re.compile(r"Q[1-9][0-9]{0,17}")
 
@@ -66,16 +68,17 @@ def expand(inputs: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def iter_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(``file:line``, text without its line end) of a UTF-8 file, gzip if it ends in ``.gz``.
+    """(``file:line``, text without its line end) of a UTF-8 file, plain, ``.gz`` or ``.bz2``.
 
     Only ``\\n`` ends a line: text may hold Unicode's other line separators.
 
     Raises:
-        DataError: the file is missing, not gzip, cut short, not UTF-8, or a line is too long.
+        DataError: the file is missing, not compressed as its name says, cut short, not UTF-8, or a
+            line is too long.
     """
     number = 0
     try:
-        raw = gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
+        raw = _OPEN.get(path.suffix, open)(path, "rb")
         with raw, io.TextIOWrapper(raw, encoding="utf-8", newline="\n") as stream:
             while line := stream.readline(MAX_LINE_CHARACTERS):
                 number += 1
@@ -88,10 +91,12 @@ def iter_lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield f"{path}:{number}", line.rstrip("\r\n")
     except UnicodeDecodeError:
         raise DataError(f"{path}:{number + 1}: not UTF-8") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}:{number + 1}: broken gzip file: {error}") from None
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path}:{number + 1}: broken {path.suffix} file: {error}") from None
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
+        if error.errno is None:  # not the system's: what gzip and bz2 say of bytes not theirs
+            raise DataError(f"{path}:{number + 1}: broken {path.suffix} file: {error}") from None
+        raise DataError(f"{path}: {error.strerror}") from None
 
 
 def iter_columns(path: Path, at_least: int) -> Iterator[tuple[str, list[str]]]:
