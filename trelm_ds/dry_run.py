@@ -50,7 +50,13 @@ def estimate_memory(
     masked = math.ceil(tokens * config.data.mlm_probability)
     bank = 0
     if config.memory.enabled:
-        parts = required_bytes(num_keys, hf.hidden_size, world_size, mentions_per_step(config))
+        parts = required_bytes(
+            num_keys,
+            hf.hidden_size,
+            world_size,
+            mentions_per_step(config),
+            config.memory.virtual_shards,
+        )
         bank = sum(parts.values())
     master = 4 * trained if (bf16 or stage > 0) else 0
     return {

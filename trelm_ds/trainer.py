@@ -264,6 +264,7 @@ class Trainer:
             self.model.hidden_size,
             self.world.size,
             mentions_per_step(self.config),
+            self.config.memory.virtual_shards,
             self.config.memory.max_gib,
         )
         on_cpu = self.config.memory.device == "cpu" or self.device.type == "cpu"

@@ -30,7 +30,7 @@ def test_a_row_for_every_size(tmp_path, monkeypatch):
         assert row["bytes_per_rank"] == entities * (2 * 4 * 8 + 8)
         assert row["lookup_ms"] > 0 and row["commit_ms"] > 0
     # Where the banks do not fit together they are measured one after the other.
-    needed = sum(memory.required_bytes(5000, 8, 1, 40).values())
+    needed = sum(memory.required_bytes(5000, 8, 1, 40, 1024).values())
     free = type("Free", (), {"available": needed})
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: free)
     rows = memory.measure([2000, 5000], (8, 40, "zipf"), 1, CPU, StopRequest())

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trelm_ds.benchmark import step
 from trelm_ds.benchmark.cli import main
 from trelm_ds.benchmark.cost_model import step_flops
+from trelm_ds.stopping import StopRequest
 
 SHAPES = step.Shapes(
     num_hidden_layers=2,
@@ -78,6 +79,25 @@ def test_rows_have_every_phase_and_the_baseline_comes_first(tmp_path):
         phases = sum(row[f"{p}_ms"] for p in step.PHASES)
         assert 0 < row["forward_ms"] < row["step_ms"] and phases > 0
         assert row["ratio_low"] <= row["ratio_to_dense"] <= row["ratio_high"]
+
+
+@pytest.mark.parametrize("phase", ["_Arm.run", "_peak_memory_mib"])
+def test_a_stop_ends_it_after_what_is_under_way(monkeypatch, phase):
+    stop, calls = StopRequest(), []
+    monkeypatch.setattr(step, "_peak_memory_mib", lambda shapes, name: 1.0)
+    owner, _, name = phase.rpartition(".")
+    owner = getattr(step, owner) if owner else step
+    real = getattr(owner, name)
+
+    def stopping(*args):
+        stop.requested = True
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(owner, name, stopping)
+    arms = ["block.25+path", "strict"]
+    assert step.measure(SHAPES, torch.device("cpu"), arms, rounds=2, stop=stop) is None
+    assert len(calls) == (3 if phase == "_Arm.run" else 1)  # a round of all arms, one process
 
 
 def ranks_rows(rank, world_size):

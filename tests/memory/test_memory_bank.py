@@ -501,15 +501,20 @@ def test_frequent_keys_are_spread_over_the_ranks():
 
 def test_memory_budget():
     bank = make_bank()
-    parts = required_bytes(NUM_KEYS, HIDDEN, 1, mentions=10)
+    parts = required_bytes(NUM_KEYS, HIDDEN, 1, 10, SHARDS)
     held = sum(t.numel() * t.element_size() for t in (bank._rows, bank._count))
     assert parts["shard"] == held
     # The paper's entity count in float32: 2.37 GB on each of 8 ranks.
-    assert required_bytes(3_085_345, 768, 8, 0)["shard"] == pytest.approx(2.37e9, rel=0.01)
-    require_memory(3_085_345, 768, 8, 2048, max_gib=None)
-    require_memory(3_085_345, 768, 8, 2048, max_gib=4)
+    assert required_bytes(3_085_345, 768, 8, 0, 1024)["shard"] == pytest.approx(2.37e9, rel=0.01)
+    # Whole virtual shards: of 600 ranks 424 have two of 1,024.
+    layout = KeyLayout(3_085_345, 1024, 600)
+    fullest = max(b - a for a, b in itertools.pairwise(layout.rank_bounds()))
+    per_row = required_bytes(1, 768, 1, 0, 1)["shard"]
+    assert 0 <= required_bytes(3_085_345, 768, 600, 0, 1024)["shard"] / per_row - fullest <= 1
+    require_memory(3_085_345, 768, 8, 2048, 1024, max_gib=None)
+    require_memory(3_085_345, 768, 8, 2048, 1024, max_gib=4)
     with pytest.raises(ConfigError, match=r"needs 2\.\d+ GiB on each of 8 ranks(.|\n)*16 ranks"):
-        require_memory(3_085_345, 768, 8, 2048, max_gib=1)
+        require_memory(3_085_345, 768, 8, 2048, 1024, max_gib=1)
 
 
 @pytest.mark.parametrize("device, backend", [("cpu", "nccl"), ("cuda", "gloo")])

@@ -113,7 +113,10 @@ def measure(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info()[0]
     free = gather_vector([free], control).min().item()  # all ranks decide alike
-    needed = [sum(required_bytes(n, shape[0], len(hosts), shape[1]).values()) for n in entities]
+    shards = MemoryConfig().virtual_shards
+    needed = [
+        sum(required_bytes(n, shape[0], len(hosts), shape[1], shards).values()) for n in entities
+    ]
     if max(needed) > free:
         raise ConfigError(
             f"--entities {max(entities)}: needs {max(needed) / 2**30:.2f} GiB on each of "

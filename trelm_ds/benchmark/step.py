@@ -386,6 +386,11 @@ def measure(
     states = [_Arm(name, bench) for name in arms]
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     memory: dict[str, float] = {}
+
+    def stopping() -> bool:
+        # each rank has the signal, but one may not have seen it yet
+        return stop is not None and bool(gather_vector([stop.requested], bench.control).any())
+
     for number in range(warmup + rounds):
         shift = number % len(states)
         for arm in states[shift:] + states[:shift]:
@@ -397,8 +402,7 @@ def measure(
             if number >= warmup:
                 samples[arm.name].append(seconds)
         logger.info("round %d of %d", number + 1, warmup + rounds)
-        # each rank has the signal, but one may not have seen it yet
-        if stop is not None and gather_vector([stop.requested], bench.control).any():
+        if stopping():
             return None
     rotation = {arm.name: arm.rotation_seconds() for arm in states}
     configs = {arm.name: arm.config for arm in states}
@@ -410,7 +414,10 @@ def measure(
     del states
     if measure_memory and device.type == "cpu":
         del bench.model, bench.module, bench.optimizer_state  # room for the other processes
-        memory = {name: _peak_memory_mib(shapes, name) for name in arms}
+        for name in arms:
+            if stopping():
+                return None
+            memory[name] = _peak_memory_mib(shapes, name)
 
     def total(name: str, number: int) -> float:
         sample = samples[name][number]

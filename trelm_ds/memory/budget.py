@@ -14,7 +14,7 @@ _HOTTEST_OWNER = 6
 
 
 def required_bytes(
-    num_keys: int, hidden_size: int, world_size: int, mentions: int
+    num_keys: int, hidden_size: int, world_size: int, mentions: int, virtual_shards: int
 ) -> dict[str, int]:
     """Bytes on the fullest rank at the bank's peak, by part.
 
@@ -23,13 +23,14 @@ def required_bytes(
         hidden_size: d.
         world_size: ranks.
         mentions: of one rank in one optimizer step, all micro-batches together.
+        virtual_shards: the bank is dealt out by; a rank has whole ones.
 
     Returns:
         ``shard`` (both vectors in float32, count in int64), ``staged`` (fp16 copies until
         the commit), ``exchange`` (buffers of a lookup or a commit, whichever is larger) and
         ``snapshot`` (one file on its way to disk).
     """
-    rows = -(-num_keys // world_size)
+    rows = -(-num_keys * -(-virtual_shards // world_size) // virtual_shards)
     shard = rows * (2 * 4 * hidden_size + 8)
     lookup = mentions * 3 * 2 * 4 * hidden_size  # answered, received, spread over the mentions
     received = mentions * min(world_size, _HOTTEST_OWNER)
@@ -45,20 +46,29 @@ def required_bytes(
 
 
 def require_memory(
-    num_keys: int, hidden_size: int, world_size: int, mentions: int, max_gib: float | None
+    num_keys: int,
+    hidden_size: int,
+    world_size: int,
+    mentions: int,
+    virtual_shards: int,
+    max_gib: float | None,
 ) -> None:
     """Refuses a bank whose shard and buffers exceed ``max_gib`` on a rank; None: no limit.
 
     Raises:
         ConfigError: with the table of what is needed here and on more ranks.
     """
-    parts = required_bytes(num_keys, hidden_size, world_size, mentions)
+
+    def parts_on(ranks: int) -> dict[str, int]:
+        return required_bytes(num_keys, hidden_size, ranks, mentions, virtual_shards)
+
+    parts = parts_on(world_size)
     needed = sum(parts.values())
     if max_gib is None or needed <= max_gib * 2**30:
         return
     lines = [f"  {name:<9}{size / 2**30:9.2f} GiB" for name, size in parts.items()]
     for factor in (2, 4, 8):
-        more = sum(required_bytes(num_keys, hidden_size, world_size * factor, mentions).values())
+        more = sum(parts_on(world_size * factor).values())
         lines.append(f"  on {world_size * factor} ranks {more / 2**30:.2f} GiB each")
     raise ConfigError(
         f"memory.max_gib: {max_gib:g} GiB allowed, but a bank of {num_keys} keys x {hidden_size} "
