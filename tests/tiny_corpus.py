@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from trelm_ds.data.schema import Sample
-from trelm_ds.data.shards import ShardSetWriter, write_manifest
+from trelm_ds.data.shards import INDEX_RECORD, ShardSetWriter, write_manifest
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.knowledge.graph import NAME_TOKENS, save_graph, save_tables
 
@@ -295,3 +295,18 @@ def byte_level_tokenizer(folder: Path):
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return load_tokenizer(folder)
+
+
+def damage(folder: Path, samples) -> None:
+    """Flips a byte of training samples of a prepared folder, in place."""
+    numbers = set(samples)
+    for shard in json.loads((folder / "manifest.json").read_text())["splits"]["train"]["shards"]:
+        path = folder / "shards" / shard["name"]
+        index = np.fromfile(path.with_suffix(".idx"), INDEX_RECORD)
+        with open(path, "r+b") as file:
+            for i, record in enumerate(index, shard["first_sample"]):
+                if i in numbers:
+                    file.seek(int(record["offset"]) + 3)
+                    byte = file.read(1)
+                    file.seek(-1, 1)
+                    file.write(bytes([byte[0] ^ 1]))

@@ -45,12 +45,14 @@ class TrainState:
         applied_steps: those of them that updated the weights and the memory bank.
         clock_s: training seconds, evaluation and queue time excluded.
         tokens_seen: real tokens consumed.
+        quarantined: damaged samples that an empty sequence has replaced, on all ranks.
     """
 
     step: int = 0
     applied_steps: int = 0
     clock_s: float = 0.0
     tokens_seen: int = 0
+    quarantined: int = 0
 
 
 def checkpoint_name(step: int) -> str:
@@ -296,6 +298,7 @@ class Checkpointer:
                 refuses it.
         """
         document = json.loads((folder / STATE).read_text())
+        document.setdefault("quarantined", 0)  # a checkpoint that is older than the count
         self._check_identity(folder, document, engine)
         with _silence():
             path, _ = engine.load_checkpoint(

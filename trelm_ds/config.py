@@ -115,6 +115,9 @@ class DataConfig:
     mention_mask_probability: float | None = 0.4
     num_workers: int = 1  # loader processes per rank; 0 reads in the training process
     pad_to_multiple_of: int = 8
+    # Unreadable samples that a run puts up with: an empty sequence takes the place of each. One more
+    # ends it, with a checkpoint; so does the first one by default.
+    max_damaged_samples: int = 0
 
     def __post_init__(self):
         _fraction("data.mlm_probability", self.mlm_probability, open_low=True)
@@ -123,6 +126,7 @@ class DataConfig:
         _require(self.max_seq_length >= 8, "data.max_seq_length must be at least 8")
         _require(self.num_workers >= 0, "data.num_workers must not be negative")
         _require(self.pad_to_multiple_of >= 1, "data.pad_to_multiple_of must be at least 1")
+        _require(self.max_damaged_samples >= 0, "data.max_damaged_samples must not be negative")
 
 
 @dataclass(kw_only=True)

@@ -66,7 +66,8 @@ logger = logging.getLogger(__name__)
 # last may change rounding and which dropout is drawn; where another split of the global batch
 # changes more than that, the run says so (``_warn_of_another_split``).
 FREE_ON_RESUME = {
-    *("data.data_dir", "data.num_workers", "model.model_name_or_path", "model.attn_implementation"),
+    *("data.data_dir", "data.num_workers", "data.max_damaged_samples"),
+    *("model.model_name_or_path", "model.attn_implementation"),
     *("model.gradient_checkpointing", "model.unpad", "memory.device", "memory.max_gib"),
     *("routing.audit_form", "routing.compact_gradients"),
     *("routing.audit_steps", "train.output_dir", "train.logging_steps", "train.eval_steps"),
@@ -95,6 +96,7 @@ class StepPlan:
         tokens, masked, sequences: global counts.
         objects, entities: global counts of masked tokens of whole mentions, and of triples
             decoded as entities.
+        damaged: samples of the step that an empty sequence replaces, on all ranks.
     """
 
     step: int
@@ -107,6 +109,7 @@ class StepPlan:
     sequences: int
     objects: int
     entities: int
+    damaged: int
 
 
 class Trainer:
@@ -366,7 +369,8 @@ class Trainer:
             True when the run is complete, False when it stopped on request; a checkpoint of the
             last step is written either way.
         Raises:
-            DataError: on all ranks, after the same checkpoint: one of them cannot read its batch.
+            DataError: on all ranks, after the same checkpoint: one of them cannot read its batch,
+                or one sample more than ``data.max_damaged_samples`` cannot be read.
         """
         train = self.config.train
         self._interval = Interval(self.device, self.world.size)
@@ -385,6 +389,11 @@ class Trainer:
             # Only what the ranks agreed on in the plan decides: their own clocks differ.
             ahead, stopped = self._plan(micro_batches)
             if stopped or ahead.progress >= 1.0:
+                break
+            if self.state.quarantined + ahead.damaged > self.config.data.max_damaged_samples:
+                for message in self.loader.damaged[:1]:
+                    damage = DataError(f"{message} (data.max_damaged_samples)")
+                stopped = True
                 break
             plan = ahead
             self._step(micro_batches, plan)
@@ -421,6 +430,7 @@ class Trainer:
             float(sum(c["entity"] for c in counts)),
             float(sum(c["tokens"] for c in counts)),
             float(sum(c["sequences"] for c in counts)),
+            float(len(self.loader.damaged)),
             float(self.stop.requested or not micro_batches),
             self.state.clock_s,
             float(self._finite),
@@ -429,7 +439,8 @@ class Trainer:
         stop, clock, healthy = table[:, -3:].T
         self._check_health(healthy)
         self.state.clock_s = float(clock.max())
-        masked, objects, decoded, entities, tokens, sequences = table[:, :-3].sum(0).tolist()
+        sums = table[:, :-3].sum(0).tolist()
+        masked, objects, decoded, entities, tokens, sequences, damaged = sums
         train, state = self.config.train, self.state
         progress = state.step / train.max_steps
         if train.max_hours is not None:
@@ -455,6 +466,7 @@ class Trainer:
             sequences=int(sequences),
             objects=int(objects),
             entities=int(entities),
+            damaged=int(damaged),
         )
         return plan, bool(stop.max())
 
@@ -546,6 +558,9 @@ class Trainer:
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         self.state.applied_steps += int(applied)
         self.state.tokens_seen += plan.tokens
+        self.state.quarantined += plan.damaged
+        for message in self.loader.damaged:
+            logger.warning("step %d: an empty sequence replaces %s", self.state.step, message)
         self._interval.watch.start("bank")
         if self.bank is not None and applied:
             self.bank.commit(self.state.applied_steps)
@@ -572,6 +587,7 @@ class Trainer:
         if not self.config.decoding.enabled:
             values.pop("train/cka_loss")
         values["train/tokens_seen"] = self.state.tokens_seen
+        values["data/quarantined_total"] = self.state.quarantined
         values["train/skipped_steps"] = self.state.step - self.state.applied_steps
         if self.bank is not None:
             values["bank/entities"] = self.bank.visited()  # collective

@@ -10,8 +10,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from tiny_corpus import CLS, SEP, damage
 
 from trelm_ds.data.loader import StepLoader, accumulation_steps, heldout_batches
+from trelm_ds.data.order import stream_position
 from trelm_ds.data.shards import write_manifest
 from trelm_ds.data.special import SpecialTokens
 from trelm_ds.errors import ConfigError, DataError
@@ -373,6 +375,39 @@ def test_damage_is_found_before_the_first_step(corpus, graph, tables, configure,
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match="train-00002.tar: sha256"):
         StepLoader(configure(), tmp_path / "data", 0, 1, graph=graph, tables=tables)
+
+
+@pytest.mark.parametrize("workers, micro", [(0, 1), (0, 4), (1, 4)])
+def test_damaged_samples_up_to_a_number_are_empty_and_the_others_as_ever(
+    corpus, graph, tables, configure, tmp_path, caplog, workers, micro
+):
+    settings = BUSY | {"data__num_workers": workers, "train__per_device_train_batch_size": micro}
+    config = configure(data__max_damaged_samples=3, **settings)
+    count = len(corpus.samples["train"])
+    whole = loader(corpus, graph, tables, config)
+    steps = -(-count // micro)
+    expected = sequences(itertools.chain(*steps_of(whole, 0, steps)))
+    assert whole.damaged == []
+
+    shutil.copytree(corpus.folder, tmp_path / "data")
+    damage(tmp_path / "data", [3, count - 1])
+    with pytest.raises(DataError, match="sha256"):
+        StepLoader(configure(**settings), tmp_path / "data", 0, 1, graph=graph, tables=tables)
+    made = StepLoader(config, tmp_path / "data", 0, 1, graph=graph, tables=tables)
+    assert len([r for r in caplog.records if "checked one by one" in r.getMessage()]) == 2
+    found, said = {}, {}
+    for step, batches in enumerate(itertools.islice(made.iterate(0), steps)):
+        found |= sequences(batches)
+        said |= {message: step for message in made.damaged}
+    made.close()
+    _, indices = stream_position(np.arange(count), count, config.train.seed)
+    where = {int(i): int(p) for p, i in enumerate(indices) if i in (3, count - 1)}
+    assert sorted(where.values()) == [p for p in sorted(expected) if found[p] != expected[p]]
+    for index, position in where.items():
+        (message,) = (m for m in said if f"sample {index:08d}: crc32" in m)
+        assert said[message] == position // micro
+    for position in where.values():
+        assert found[position] == ([CLS, SEP], [CLS, SEP], [], [])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Whole runs: every ZeRO configuration and method, two ranks as one, resume as no stop."""
 
 import dataclasses
+import re
 import shutil
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from integration.runs import NO_DROPOUT, digest, full_parameters, losses, make_trainer
 from integration.selective import assert_selective, selective_run
 from multiprocess import run_ranks
-from tiny_corpus import write_tiny_corpus
+from tiny_corpus import damage, write_tiny_corpus
 
+from trelm_ds.distributed import barrier
 from trelm_ds.errors import DataError
 from trelm_ds.metrics import read_metrics
 
@@ -53,6 +55,7 @@ def two_ranks(data_dir, tmp_path_factory):
         "objectives": (objectives_run, data_dir, folder / "objectives"),
         "one sided": (one_sided_run, data_dir, folder / "one sided"),
         "damage": (damaged_run, data_dir, folder / "damage"),
+        "quarantine": (quarantine_run, data_dir, folder / "quarantine"),
     }
     for form, settings in SPLIT_FORMS.items():
         jobs[f"split {form}"] = (split_run, data_dir, folder / form, settings)
@@ -428,6 +431,46 @@ def test_damage_in_the_midst_of_a_run_ends_it_with_a_checkpoint_on_all_ranks(two
         message, step, same = results["damage"]
         assert message.startswith("rank 1: train-00000.tar: sample 00000007") and step == 3
         assert message.endswith("step 3 is saved") and same
+
+
+def quarantine_run(rank, world_size, data_dir, output_dir):
+    """A third of the samples is damaged: a run that may lose them all, one that stops at five."""
+    folder = output_dir / "data"
+    if rank == 0:
+        shutil.copytree(data_dir, folder)
+    barrier()
+    run_once(folder, output_dir / "before", train__max_steps=1)  # it scores the mentions
+    if rank == 0:
+        damage(folder, range(0, 10**4, 3))
+    barrier()
+    settings = {"train__max_steps": 6, "data__max_damaged_samples": 10**4, **DOTTED_NO_DROPOUT}
+    whole = run_once(folder, output_dir / "whole", **settings)
+    settings["data__max_damaged_samples"] = 4
+    trainer = make_trainer(folder, output_dir / "cut", **settings)
+    with pytest.raises(DataError) as caught:
+        trainer.train()
+    stopped = trainer.state.step, trainer.state.quarantined
+    trainer.engine.destroy()
+    settings |= {"data__max_damaged_samples": 10**4, "train__resume_from_checkpoint": "latest"}
+    mended = run_once(folder, output_dir / "cut", **settings)
+    same = digest(whole["parameters"]) == digest(mended["parameters"])
+    logged = [
+        {r["step"]: r["data/quarantined_total"] for r in rows if "data/quarantined_total" in r}
+        for rows in (read_metrics(output_dir / n / "metrics.jsonl") for n in ("whole", "cut"))
+    ]
+    return str(caught.value), stopped, same, logged
+
+
+def test_damaged_samples_are_counted_and_one_too_many_ends_the_run(two_ranks):
+    (message, (step, lost), same, (whole, cut)), other = (r["quarantine"] for r in two_ranks)
+    assert re.fullmatch(
+        r"rank [01]: .*/train-0000\d.tar: sample \d{8}: crc32 .* \(data.max_damaged_samples\); "
+        rf"step {step} is saved",
+        message,
+    )
+    assert other == (message, (step, lost), same, [whole, cut]) and same
+    assert 0 < step < 6 and lost == whole[step] <= 4 < whole[step + 1]
+    assert whole == cut and sorted(whole) == list(range(1, 7))
 
 
 def go_back(rank, world_size, data_dir, output_dir):

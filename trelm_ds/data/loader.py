@@ -72,11 +72,17 @@ def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> 
 
 
 def _open_split(
-    config: Config, data_dir: str | Path, graph, tables, split: str, verify: bool
+    config: Config,
+    data_dir: str | Path,
+    graph,
+    tables,
+    split: str,
+    verify: bool,
+    tolerant: bool = False,
 ) -> tuple[ShardReader, dict]:
     """The split's reader and the manifest, after checking that everything fits together."""
     manifest = load_manifest(data_dir)
-    reader = ShardReader(data_dir, manifest, split, verify=verify)
+    reader = ShardReader(data_dir, manifest, split, verify=verify, tolerant=tolerant)
     if len(reader) < 1:
         raise DataError(f"{data_dir}: empty corpus: split {split!r} holds no sample")
     longest = manifest["max_seq_length"]
@@ -110,7 +116,11 @@ class _MicroBatches(Dataset):
         entity_first: EntityFirst | None,
         knowledge_rows: KnowledgeRows | None,
         weights: WeightTables | None,
+        special: SpecialTokens,
     ):
+        self._empty = np.array([special.cls, special.sep], dtype=np.int64)
+        self._tolerant = config.data.max_damaged_samples > 0
+        self._damaged: list[str] = []  # of the micro-batch being made
         self._seed = config.train.seed
         self._knowledge_share = config.sampling.knowledge_rows
         self._natural_share = config.sampling.natural_share if entity_first else 1.0
@@ -127,7 +137,14 @@ class _MicroBatches(Dataset):
         self._global_batch = global_batch
 
     def _example(self, position: int, epoch: int, index: int) -> Example:
-        sample = self._reader[index]
+        try:
+            sample = self._reader[index]
+        except DataError as error:
+            if not self._tolerant:
+                raise
+            self._damaged.append(str(error))
+            nothing = np.zeros(len(self._empty), dtype=bool)
+            return Example(position, self._empty, self._empty, nothing, no_mentions())
         mentions = self._mentions(sample, epoch)
         entities = sample.spans[sample.spans[:, 2] < self._num_entities]
         corrupted, targets, masked = self._masker(
@@ -157,8 +174,10 @@ class _MicroBatches(Dataset):
         _, _, text = divide_stream(np.array([rows]), self._knowledge_share)
         return int(divide_stream(text, self._natural_share)[1][0])
 
-    def __getitem__(self, positions: np.ndarray) -> dict | DataError:
+    def __getitem__(self, positions: np.ndarray) -> tuple[dict, list[str]] | DataError:
+        """The arrays of a ``Batch``, and what is said of the samples that an empty one replaces."""
         step = int(positions[0]) // self._global_batch
+        self._damaged = []
         try:
             examples = list(self._examples(positions, step))
         except DataError as error:
@@ -176,7 +195,7 @@ class _MicroBatches(Dataset):
                 arrays["decode_other"],
                 offered=keys[keys < self._num_entities],
             )
-        return arrays
+        return arrays, self._damaged
 
 
 class _Positions(Sampler):
@@ -241,6 +260,8 @@ class StepLoader:
         num_keys: rows of the memory bank.
         num_samples: samples of the split, an epoch.
         manifest: of the data folder.
+        damaged: of the step last yielded, what is said of this rank's samples that cannot be read
+            and are an empty sequence instead (``data.max_damaged_samples``).
     Raises:
         DataError: the folder is empty, damaged, or its parts do not belong together.
         ConfigError: the configuration cannot be met with this folder.
@@ -268,7 +289,12 @@ class StepLoader:
         self._num_workers = config.data.num_workers
         self.global_batch = self._micro * self._accumulation * world_size
 
-        reader, self.manifest = _open_split(config, data_dir, graph, tables, split, verify)
+        self.damaged: list[str] = []
+
+        tolerant = config.data.max_damaged_samples > 0
+        reader, self.manifest = _open_split(
+            config, data_dir, graph, tables, split, verify, tolerant
+        )
         if verify:
             reader.verify_all()
         self.num_samples = len(reader)
@@ -335,6 +361,7 @@ class StepLoader:
             entity_first,
             knowledge_rows,
             weights if sampling.form == "knowledge_state" else None,
+            special,
         )
         self._weights = weights
         self._batches: Iterator | None = None
@@ -355,7 +382,8 @@ class StepLoader:
         One iteration at a time: starting another ends the loader processes of the last.
 
         Raises:
-            DataError: a sample is corrupt; names shard and key.
+            DataError: a sample is corrupt and ``data.max_damaged_samples`` is 0; names shard and
+                key.
         """
         self.close()
         if self._weights is not None:
@@ -388,12 +416,14 @@ class StepLoader:
     def _steps(self, batches: Iterator) -> Iterator[list[Batch]]:
         try:
             while True:
-                step = []
+                step, damaged = [], []
                 for _ in range(self._accumulation):
-                    arrays = next(batches)
-                    if isinstance(arrays, DataError):
-                        raise arrays
-                    step.append(Batch.from_numpy(arrays))
+                    made = next(batches)
+                    if isinstance(made, DataError):
+                        raise made
+                    step.append(Batch.from_numpy(made[0]))
+                    damaged += made[1]
+                self.damaged = damaged
                 yield step
         finally:
             if batches is self._batches:

@@ -12,6 +12,7 @@ import bisect
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import stat
@@ -26,6 +27,8 @@ import numpy as np
 from trelm_ds.data.schema import MAX_SAMPLE_BYTES, Sample, decode_sample, encode_sample
 from trelm_ds.errors import DataError
 from trelm_ds.files import write_text
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "trelm-v1"
 SHARD_FOLDER = "shards"
@@ -368,11 +371,20 @@ class ShardReader:
         manifest: what ``load_manifest`` returned for it.
         split: ``train`` or ``heldout``.
         verify: check a shard's sha256 and its index's when it is first opened.
+        tolerant: a shard of another sha256 is warned of and its samples are left to their own
+            checks; its index still has to be right.
     Raises:
         DataError: the split is not in the manifest.
     """
 
-    def __init__(self, folder: str | Path, manifest: dict, split: str, verify: bool = True):
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: dict,
+        split: str,
+        verify: bool = True,
+        tolerant: bool = False,
+    ):
         if split not in manifest["splits"]:
             raise DataError(f"{folder}: no split {split!r} in {MANIFEST}")
         self._folder = Path(folder) / SHARD_FOLDER
@@ -382,6 +394,7 @@ class ShardReader:
         self._samples, self._spans = entry["samples"], entry["spans"]
         self._limits = sample_limits(manifest)
         self._verify = verify
+        self._tolerant = tolerant
         self._verified: set[int] = set()
         self._open_shards: OrderedDict[int, tuple[int, int]] = OrderedDict()
 
@@ -418,7 +431,12 @@ class ShardReader:
         if self._verify and number not in self._verified:
             try:
                 _check_digest(index_path, index, shard["index_sha256"])
-                _check_digest(tar_path, tar, shard["sha256"])
+                try:
+                    _check_digest(tar_path, tar, shard["sha256"])
+                except DataError as error:
+                    if not self._tolerant:
+                        raise
+                    logger.warning("%s; its samples are checked one by one", error)
             except BaseException:
                 os.close(tar)
                 os.close(index)
