@@ -45,7 +45,7 @@ class TrainState:
         applied_steps: those of them that updated the weights and the memory bank.
         clock_s: training seconds, evaluation and queue time excluded.
         tokens_seen: real tokens consumed.
-        quarantined: damaged samples that an empty sequence has replaced, on all ranks.
+        quarantined: times that an empty sequence replaced a damaged sample, on all ranks.
     """
 
     step: int = 0

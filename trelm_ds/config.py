@@ -115,8 +115,8 @@ class DataConfig:
     mention_mask_probability: float | None = 0.4
     num_workers: int = 1  # loader processes per rank; 0 reads in the training process
     pad_to_multiple_of: int = 8
-    # Unreadable samples that a run puts up with: an empty sequence takes the place of each. One more
-    # ends it, with a checkpoint; so does the first one by default.
+    # Damaged samples that a run puts up with, each time that it meets one: an empty sequence takes
+    # its place. One more ends the run, with a checkpoint; so does the first one by default.
     max_damaged_samples: int = 0
 
     def __post_init__(self):

@@ -370,7 +370,7 @@ class Trainer:
             last step is written either way.
         Raises:
             DataError: on all ranks, after the same checkpoint: one of them cannot read its batch,
-                or one sample more than ``data.max_damaged_samples`` cannot be read.
+                or one sample more than ``data.max_damaged_samples`` is damaged.
         """
         train = self.config.train
         self._interval = Interval(self.device, self.world.size)
@@ -390,7 +390,8 @@ class Trainer:
             ahead, stopped = self._plan(micro_batches)
             if stopped or ahead.progress >= 1.0:
                 break
-            if self.state.quarantined + ahead.damaged > self.config.data.max_damaged_samples:
+            quarantined = self.state.quarantined + ahead.damaged
+            if ahead.damaged and quarantined > self.config.data.max_damaged_samples:
                 for message in self.loader.damaged[:1]:
                     damage = DataError(f"{message} (data.max_damaged_samples)")
                 stopped = True

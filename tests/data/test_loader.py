@@ -409,6 +409,11 @@ def test_damaged_samples_up_to_a_number_are_empty_and_the_others_as_ever(
     for position in where.values():
         assert found[position] == ([CLS, SEP], [CLS, SEP], [], [])
 
+    (tmp_path / "data" / "shards" / "train-00001.tar").unlink()
+    options = {"graph": graph, "tables": tables, "verify": False}
+    with pytest.raises(DataError, match="train-00001.tar: No such file"):
+        steps_of(StepLoader(config, tmp_path / "data", 0, 1, **options), 0, steps)
+
 
 @pytest.mark.parametrize(
     "edit, message",

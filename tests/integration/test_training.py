@@ -434,43 +434,56 @@ def test_damage_in_the_midst_of_a_run_ends_it_with_a_checkpoint_on_all_ranks(two
 
 
 def quarantine_run(rank, world_size, data_dir, output_dir):
-    """A third of the samples is damaged: a run that may lose them all, one that stops at five."""
+    """Of eight samples seven are damaged, so that whole micro-batches are: a run that may lose them
+    all, one that stops on the way, and one that goes on with the folder mended."""
     folder = output_dir / "data"
     if rank == 0:
         shutil.copytree(data_dir, folder)
     barrier()
     run_once(folder, output_dir / "before", train__max_steps=1)  # it scores the mentions
     if rank == 0:
-        damage(folder, range(0, 10**4, 3))
+        damage(folder, (i for i in range(10**4) if i % 8))
     barrier()
     settings = {"train__max_steps": 6, "data__max_damaged_samples": 10**4, **DOTTED_NO_DROPOUT}
     whole = run_once(folder, output_dir / "whole", **settings)
-    settings["data__max_damaged_samples"] = 4
+    settings["data__max_damaged_samples"] = 20
     trainer = make_trainer(folder, output_dir / "cut", **settings)
     with pytest.raises(DataError) as caught:
         trainer.train()
     stopped = trainer.state.step, trainer.state.quarantined
     trainer.engine.destroy()
+    if rank == 0:
+        shutil.copytree(output_dir / "cut", output_dir / "later")
+    barrier()
     settings |= {"data__max_damaged_samples": 10**4, "train__resume_from_checkpoint": "latest"}
     mended = run_once(folder, output_dir / "cut", **settings)
     same = digest(whole["parameters"]) == digest(mended["parameters"])
+    if rank == 0:
+        shutil.copytree(data_dir / "shards", folder / "shards", dirs_exist_ok=True)
+    barrier()
+    settings["data__max_damaged_samples"] = 0
+    run_once(folder, output_dir / "later", **settings)
     logged = [
         {r["step"]: r["data/quarantined_total"] for r in rows if "data/quarantined_total" in r}
-        for rows in (read_metrics(output_dir / n / "metrics.jsonl") for n in ("whole", "cut"))
+        for rows in (
+            read_metrics(output_dir / name / "metrics.jsonl") for name in ("whole", "cut", "later")
+        )
     ]
     return str(caught.value), stopped, same, logged
 
 
 def test_damaged_samples_are_counted_and_one_too_many_ends_the_run(two_ranks):
-    (message, (step, lost), same, (whole, cut)), other = (r["quarantine"] for r in two_ranks)
+    (message, (step, lost), same, logged), other = (r["quarantine"] for r in two_ranks)
+    whole, cut, later = logged
     assert re.fullmatch(
         r"rank [01]: .*/train-0000\d.tar: sample \d{8}: crc32 .* \(data.max_damaged_samples\); "
         rf"step {step} is saved",
         message,
     )
-    assert other == (message, (step, lost), same, [whole, cut]) and same
-    assert 0 < step < 6 and lost == whole[step] <= 4 < whole[step + 1]
+    assert other == (message, (step, lost), same, logged) and same
+    assert 0 < step < 6 and lost == whole[step] <= 20 < whole[step + 1]
     assert whole == cut and sorted(whole) == list(range(1, 7))
+    assert later == {k: min(v, lost) for k, v in whole.items()}
 
 
 def go_back(rank, world_size, data_dir, output_dir):

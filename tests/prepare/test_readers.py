@@ -1,6 +1,7 @@
 """Every reader on files of its format, good and bad."""
 
 import bz2
+import gzip
 import html
 import json
 from pathlib import Path
@@ -254,6 +255,13 @@ def test_jsonl_spans_and_links(tmp_path):
     assert documents[1].spans == [(0, 4, "Q456"), (11, 17, "Q142")] and documents[1].heldout
     with pytest.raises(DataError, match=r"c.jsonl:2: 'link' needs .* --graph"):
         list(read_jsonl([path], ReaderOptions()).documents)
+
+
+def test_a_folder_may_hold_compressed_files_of_both_kinds(tmp_path):
+    row = json.dumps({"id": "a", "text": "x", "spans": []}).encode() + b"\n"
+    (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(row))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(row))
+    assert len(list(read_jsonl([tmp_path], ReaderOptions()).documents)) == 2
 
 
 def test_jsonl_links_spans_without_an_id(tmp_path):
@@ -524,16 +532,26 @@ def test_bad_graphs(tmp_path, source, error, message):
 
 # --- wikipedia ----------------------------------------------------------------------------------
 
-TITLES = [("Marie_Curie", "Q7186"), ("Paris", "Q90"), ("Paris%20%28mythology%29", "Q167646")]
-TITLES += [("City_of_Light", "Q90"), ("Nowhere", "#UNK#")]
+TITLES = [("title", "item", "?"), ("Marie_Curie", "Q7186"), ("Paris", "Q90"), ("#x", "Q1")]
+TITLES += [("Paris%20%28mythology%29", "Q167646"), ("City_of_Light", "Q90"), ("AT&T", "Q35476")]
+TITLES += [("Nowhere", "#UNK#"), ('"Heroes"_(song)', "Q5"), ("Polish_people", "Q6")]
 ARTICLE = (
     'Marie Curie\nMarie Curie lived in <a href="City%20of%20Light">the capital</a>s & '
     '<a href="Nowhere">nowhere</a>; <a href="paris#History">Paris</a> knew Marie Curie. '
-    'The Capital of Paris is <a href="File%3AX.png">a <a href="Paris">small</a> picture</a>.'
+    'The Capital of Paris is <a href="File%3AX.png">a <a href="Paris">small</a> picture</a>. '
+    'Not <a href="Marie%20Curie%20%28ship%29">Marie Curie</a>, <a href="%23Later">Later</a>, '
+    '<a href="AT%26amp%3BT">AT&T</a>, <a href="%26quot%3BHeroes%26quot%3B%20(song)">"Heroes"</a> '
+    '(AT&T, Heroes). <a href="Paris">Pol</a>ish, <a href="Polish people">Polish</a>: Polish.'
+)
+PLAIN = (
+    "Marie Curie lived in the capitals & nowhere; Paris knew Marie Curie. The Capital of Paris is"
+    ' a small picture. Not Marie Curie, Later, AT&T, "Heroes" (AT&T, Heroes). '
+    "Polish, Polish: Polish."
 )
 MENTIONS = [
-    ("Marie Curie", "Q7186"), ("the capital", "Q90"), ("Paris", "Q90"), ("Marie Curie", "Q7186"),
-    ("The Capital", "Q90"), ("Paris", "Q90"), ("small", "Q90"),
+    ("Marie Curie", "Q7186"), ("the capitals", "Q90"), ("Paris", "Q90"), ("Marie Curie", "Q7186"),
+    ("The Capital", "Q90"), ("Paris", "Q90"), ("small", "Q90"), ("AT&T", "Q35476"),
+    ("Heroes", "Q5"), ("AT&T", "Q35476"), ("Heroes", "Q5"), ("Polish", "Q90"), ("Polish", "Q6"),
 ]  # fmt: skip
 
 
@@ -566,15 +584,9 @@ def test_wikipedia_links_are_mentions_and_so_are_their_repetitions(tmp_path, for
     folder = write_wikipedia(tmp_path, {"AA/wiki_00": [article]})
     corpus = read_wikipedia([folder], ReaderOptions())
     documents = list(corpus.documents)
-    assert [(d.doc, d.text) for d in documents] == [
-        (
-            "12",
-            "Marie Curie lived in the capitals & nowhere; Paris knew Marie Curie. "
-            "The Capital of Paris is a small picture.",
-        )
-    ]
+    assert [(d.doc, d.text) for d in documents] == [("12", PLAIN)]
     assert [(documents[0].text[s:e], i) for s, e, i in sorted(documents[0].spans)] == MENTIONS
-    assert corpus.counts == {"link": 3, "link_without_id": 1, "mention_repeated": 4}
+    assert corpus.counts == {"link": 7, "link_without_id": 3, "mention_repeated": 6}
     assert corpus.graph.entities["Q90"].name == "City of Light"
     assert corpus.graph.entities["Q90"].aliases == ("Paris",)
 
@@ -587,6 +599,13 @@ def test_wikipedia_names_come_from_the_graph_first(tmp_path):
     corpus = read_wikipedia([folder], ReaderOptions(graph=known))
     assert surfaces(corpus) == [[("Paris", "Q167646"), ("P", "Q90")]]
     assert {e: node.name for e, node in corpus.graph.entities.items()} == {"Q167646": "Paris"}
+
+
+def test_wikipedia_titles_are_of_xml_in_json(tmp_path):
+    article = {"id": "1", "title": "AT&amp;T", "text": "The firm AT&amp;T."}
+    folder = write_wikipedia(tmp_path, {"wiki_00": [article]})
+    (folder / "anchor2id.txt").rename(folder / "wiki_titles.tsv")
+    assert surfaces(read_wikipedia([folder], ReaderOptions())) == [[("AT&T", "Q35476")]]
 
 
 def test_wikipedia_reads_bz2_files_in_order_and_up_to_the_limit(tmp_path):

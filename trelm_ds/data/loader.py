@@ -35,7 +35,7 @@ from trelm_ds.data.masking import Masker
 from trelm_ds.data.negatives import NegativeSampler, negative_distribution
 from trelm_ds.data.order import Permutation, divide_stream, stream_position
 from trelm_ds.data.sampling import MentionSampler, no_mentions
-from trelm_ds.data.shards import ShardReader, load_manifest
+from trelm_ds.data.shards import DamagedSample, ShardReader, load_manifest
 from trelm_ds.data.special import SpecialTokens
 from trelm_ds.data.weights import WeightTables
 from trelm_ds.errors import ConfigError, DataError
@@ -139,7 +139,7 @@ class _MicroBatches(Dataset):
     def _example(self, position: int, epoch: int, index: int) -> Example:
         try:
             sample = self._reader[index]
-        except DataError as error:
+        except DamagedSample as error:
             if not self._tolerant:
                 raise
             self._damaged.append(str(error))
@@ -260,8 +260,8 @@ class StepLoader:
         num_keys: rows of the memory bank.
         num_samples: samples of the split, an epoch.
         manifest: of the data folder.
-        damaged: of the step last yielded, what is said of this rank's samples that cannot be read
-            and are an empty sequence instead (``data.max_damaged_samples``).
+        damaged: of the step last yielded, what is said of this rank's samples that are damaged, and
+            an empty sequence instead (``data.max_damaged_samples``).
     Raises:
         DataError: the folder is empty, damaged, or its parts do not belong together.
         ConfigError: the configuration cannot be met with this folder.
@@ -382,8 +382,8 @@ class StepLoader:
         One iteration at a time: starting another ends the loader processes of the last.
 
         Raises:
-            DataError: a sample is corrupt and ``data.max_damaged_samples`` is 0; names shard and
-                key.
+            DataError: a shard cannot be read, or a sample is damaged and
+                ``data.max_damaged_samples`` is 0; names shard and key.
         """
         self.close()
         if self._weights is not None:

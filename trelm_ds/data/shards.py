@@ -58,6 +58,10 @@ _MANIFEST_FIELDS = {
 }
 
 
+class DamagedSample(DataError):
+    """Bytes of one sample that are not what was written, in a shard that can be read."""
+
+
 # --- manifest -----------------------------------------------------------------------------------
 
 
@@ -477,8 +481,8 @@ class ShardReader:
         """Sample ``i`` of the split.
 
         Raises:
-            DataError: naming shard and key, if any byte of it is not what was written, or cannot
-                be read.
+            DamagedSample: naming shard and key, if any byte of it is not what was written.
+            DataError: likewise, if the shard is missing, of another size or cannot be read.
         """
         if not 0 <= i < self._samples:
             raise IndexError(i)
@@ -505,5 +509,6 @@ class ShardReader:
             if sample.id != i or sample.first_span + len(sample.spans) > self._spans:
                 raise DataError(f"holds sample {sample.id}, spans from {sample.first_span}")
         except DataError as error:
-            raise DataError(f"{self._folder / shard['name']}: sample {i:08d}: {error}") from None
+            where = f"{self._folder / shard['name']}: sample {i:08d}"
+            raise DamagedSample(f"{where}: {error}") from None
         return sample

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trelm_ds.errors import ConfigError, DataError
-from trelm_ds.prepare.files import check_id, find_file, get, iter_jsonl, iter_lines
+from trelm_ds.prepare.files import bare_name, check_id, find_file, get, iter_jsonl, iter_lines
 from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawGraph
 from trelm_ds.prepare.reader import ReaderOptions
 
@@ -40,7 +40,7 @@ def read_ernie(inputs: list[Path], options: ReaderOptions) -> RawCorpus:
     if len(inputs) == 1 and inputs[0].is_dir():
         found = [find_file(inputs[0], n) for n in ("articles.jsonl", "wiki_token", "wiki_entity")]
     else:
-        named = {path.name.removesuffix(".gz"): path for path in inputs if path.is_file()}
+        named = {bare_name(path): path for path in inputs if path.is_file()}
         found = [named.get(n) for n in ("articles.jsonl", "wiki_token", "wiki_entity")]
     articles, tokens, entities = found
     if articles:

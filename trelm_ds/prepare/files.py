@@ -16,6 +16,7 @@ from trelm_ds.errors import DataError
 # A Wikipedia article is well under 4 MiB; a gzip file can expand a thousandfold without a limit.
 MAX_LINE_CHARACTERS = 1 << 26
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open}
+_ENDINGS = ("", *_OPEN)
 _ID = re.compile(r"[^\s]{1,200}")
 _WIKIDATA_ID = re.compile(r"Q[1-9][0-9]{0,17}")
 
@@ -26,12 +27,17 @@ def is_wikidata_id(text: object) -> bool:
 
 
 def find_file(folder: Path, *names: str) -> Path | None:
-    """The first of ``names``, or of the same with ``.gz``, that is in ``folder``."""
+    """The first of ``names``, or of the same compressed, that is in ``folder``."""
     for name in names:
-        for candidate in (folder / name, folder / f"{name}.gz"):
-            if candidate.is_file():
-                return candidate
+        for ending in _ENDINGS:
+            if (folder / f"{name}{ending}").is_file():
+                return folder / f"{name}{ending}"
     return None
+
+
+def bare_name(path: Path) -> str:
+    """The file's name without what compression adds."""
+    return path.stem if path.suffix in _OPEN else path.name
 
 
 def need_file(folder: Path, *names: str) -> Path:
@@ -42,17 +48,17 @@ def need_file(folder: Path, *names: str) -> Path:
     """
     path = find_file(folder, *names)
     if path is None:
-        raise DataError(f"{folder}: no {' or '.join(names)} (or the same with .gz) in it")
+        raise DataError(f"{folder}: no {' or '.join(names)} (or the same compressed) in it")
     return path
 
 
 def expand(inputs: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
-    """The files named by ``inputs``; of a folder, those with one of ``suffixes`` (or ``.gz``).
+    """The files named by ``inputs``; of a folder, those with one of ``suffixes``, or compressed.
 
     Raises:
         DataError: an input does not exist, or a folder holds no such file.
     """
-    wanted = suffixes + tuple(f"{suffix}.gz" for suffix in suffixes)
+    wanted = tuple(suffix + ending for suffix in suffixes for ending in _ENDINGS)
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():

@@ -10,12 +10,14 @@
   id``, titles with blanks, underscores or percent signs. Dumps have it as the page property
   ``wikibase_item``; titles that redirect need lines of their own.
 
-A link is a mention of the entity of its page; one whose page has no id is text. An article links a
-page at its first mention alone, so the surfaces it has linked and its own title are mentions
-wherever else they stand in it. Names and triples come from ``--graph``; entities that it does not
-know are named by their titles.
+A link is a mention of the entity of its page, with the letters that follow it (``Pole</a>s``); one
+whose page has no id is text. An article links a page at its first mention alone, so the surfaces
+that it has linked to one entity, and its own title, are mentions where they stand again outside
+links: whole words, by the rules of ``linker.longest_matches``. Names and triples come from
+``--graph``; entities that it does not know are named by their titles.
 
-The table is held in memory: about 200 bytes a title. The articles are not.
+The table is held in memory: about 200 bytes a title. The articles are not; they take about a second
+per million characters.
 """
 
 from __future__ import annotations
@@ -29,16 +31,26 @@ from urllib.parse import unquote
 
 from trelm_ds.errors import DataError
 from trelm_ds.knowledge.linker import longest_matches, normalize
-from trelm_ds.prepare.files import get, is_wikidata_id, iter_columns, iter_jsonl, iter_lines
+from trelm_ds.prepare.files import (
+    bare_name,
+    get,
+    is_wikidata_id,
+    iter_columns,
+    iter_jsonl,
+    iter_lines,
+)
 from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawGraph
 from trelm_ds.prepare.reader import ReaderOptions
 
-_LINK = re.compile(r'<a href="([^"<>]*)">((?:(?!<a ).)*?)</a>', re.DOTALL)
+# Reference, surface, and what MediaWiki calls the trail.
+_LINK = re.compile(r'<a href="([^"<>]*)">((?:(?!<a ).)*?)</a>(\w*)', re.DOTALL)
 _TAG = re.compile(r'<a href="[^"<>]*">|</a>')  # what is left around a link inside another
 _DISAMBIGUATION = re.compile(r" \([^()]*\)$")
 _ESCAPED_LINK = "&lt;a href="
 _DOC = re.compile(r'<doc id="([^"]*)"(?: revid="[^"]*")? url="[^"]*" title="(.*)">\s*')
-_COMPRESSED = (".gz", ".bz2")
+_FILE = re.compile(r"wiki_\d+")
+_QUOTES = "\"'“”‘’«» \n"
+_ENDS = re.compile(r"^\W+|\W+$")
 
 Article = tuple[str, str, str, str]  # file and line, id, title, text
 
@@ -54,11 +66,6 @@ def read_wikipedia(inputs: list[Path], options: ReaderOptions) -> RawCorpus:
     return corpus
 
 
-def _bare(path: Path) -> str:
-    """The file's name without what compression adds."""
-    return path.stem if path.suffix in _COMPRESSED else path.name
-
-
 def _sort_out(inputs: list[Path]) -> tuple[list[Path], list[Path]]:
     """Files of articles and of titles."""
     files: list[Path] = []
@@ -69,8 +76,9 @@ def _sort_out(inputs: list[Path]) -> tuple[list[Path], list[Path]]:
             files.append(path)
         else:
             raise DataError(f"{path}: no such file or folder")
-    articles = [path for path in files if _bare(path).startswith("wiki_")]
-    tables = [p for p in files if _bare(p).endswith(".tsv") or _bare(p) == "anchor2id.txt"]
+    names = [(bare_name(path), path) for path in files]
+    articles = [path for name, path in names if _FILE.fullmatch(name)]
+    tables = [p for name, p in names if name.endswith(".tsv") or name == "anchor2id.txt"]
     if not articles:
         raise DataError("wikipedia: no wiki_* file of WikiExtractor among the --input")
     if not tables:
@@ -82,8 +90,13 @@ def _sort_out(inputs: list[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def _title(reference: str) -> str:
-    """A page's title as MediaWiki has it: blanks for underscores, a capital first, no section."""
-    title = " ".join(unquote(reference).partition("#")[0].replace("_", " ").split())
+    """A page's title as MediaWiki has it: blanks for underscores, a capital first, no section.
+
+    Dumps are XML, and WikiExtractor quotes what it reads there: ``AT%26amp%3BT``, and twice where
+    the editor wrote an entity.
+    """
+    text = html.unescape(html.unescape(unquote(reference)))
+    title = " ".join(text.partition("#")[0].replace("_", " ").split())
     return title[:1].upper() + title[1:]
 
 
@@ -91,8 +104,9 @@ def _titles(tables: list[Path]) -> dict[str, str]:
     titles: dict[str, str] = {}
     for table in tables:
         for _, (title, entity, *_) in iter_columns(table, 2):
-            if is_wikidata_id(entity.strip()):  # ERNIE's has #UNK# too, others a header
-                titles.setdefault(_title(title), entity.strip())
+            title = _title(title)
+            if title and is_wikidata_id(entity.strip()):  # ERNIE's has #UNK# too, others a header
+                titles.setdefault(title, entity.strip())
     if not titles:
         raise DataError(f"{tables[0]}: no line of a title, a tab and a Wikidata id")
     return titles
@@ -103,7 +117,8 @@ def _articles(path: Path) -> Iterator[Article]:
     first = next((line for _, line in iter_lines(path) if line.strip()), "")
     if first.startswith("{"):
         for where, record in iter_jsonl(path):
-            yield where, *(get(record, key, str, where) for key in ("id", "title", "text"))
+            page, title, text = (get(record, key, str, where) for key in ("id", "title", "text"))
+            yield where, page, html.unescape(title), text
     else:
         yield from _doc_elements(path)
 
@@ -160,41 +175,52 @@ class _Linker:
         if _ESCAPED_LINK in text or not _LINK.search(text):
             text = html.unescape(text)
         document, parts, length, begin = RawDocument(page, ""), [], 0, 0
-        owners: dict[str, str] = {}
-        if entity := self._entity(title):
-            owners[normalize(_DISAMBIGUATION.sub("", title))] = entity
+        links: list[tuple[int, int]] = []  # of every one: what has no id is nobody else either
+        owners: dict[str, str | None] = {}  # None: of more than one entity
+
+        def own(surface: str, entity: str) -> None:
+            name = normalize(_ENDS.sub("", surface))
+            owners[name] = entity if owners.get(name, entity) == entity else None
+
         for link in _LINK.finditer(text):
-            reference, surface = link.groups()
-            parts += [_TAG.sub("", text[begin : link.start()]), surface]
-            start = length + len(parts[-2])
-            begin, length = link.end(), start + len(surface)
-            if not surface.strip():
+            reference, surface, trail = link.groups()
+            parts += [_TAG.sub("", text[begin : link.start()]), surface, trail]
+            start = length + len(parts[-3])
+            begin, length = link.end(), start + len(surface) + len(trail)
+            links.append((start, length))
+            if not surface.strip(_QUOTES):
                 continue
             entity = self._entity(reference)
             self._corpus.counts["link_without_id" if entity is None else "link"] += 1
             if entity is not None:
-                owners.setdefault(normalize(surface), entity)
-                document.spans.append((start, length, entity))
+                own(surface, entity)
+                own(surface + trail, entity)
+                whole = surface + trail
+                start += len(whole) - len(whole.lstrip(_QUOTES))
+                document.spans.append((start, start + len(whole.strip(_QUOTES)), entity))
         document.text = "".join([*parts, _TAG.sub("", text[begin:])])
-        repeated = _repeated(document, owners)
+        if entity := self._entity(title):  # whatever the links say
+            owners[normalize(_ENDS.sub("", _DISAMBIGUATION.sub("", title)))] = entity
+        names = {name: entity for name, entity in owners.items() if name and entity is not None}
+        repeated = _repeated(document.text, names, links)
         self._corpus.counts["mention_repeated"] += len(repeated)
         document.spans += repeated
         return document
 
 
-def _repeated(document: RawDocument, owners: dict[str, str]) -> list[tuple[int, int, str]]:
+def _repeated(
+    text: str, owners: dict[str, str], links: list[tuple[int, int]]
+) -> list[tuple[int, int, str]]:
     """The places outside links that read like one, or like the title."""
     entities = list(owners.values())
     number = {name: i for i, name in enumerate(owners)}
-    again = longest_matches(
-        document.text, lambda surfaces: [number.get(normalize(s)) for s in surfaces]
-    )
+    again = longest_matches(text, lambda surfaces: [number.get(normalize(s)) for s in surfaces])
     # Links come in the order of the text, and so do the matches.
-    links, found = iter([*document.spans, (len(document.text) + 1,) * 2]), []
-    left, right = next(links)[:2]
+    ahead, found = iter([*links, (len(text) + 1,) * 2]), []
+    left, right = next(ahead)
     for start, end, i in again:
         while right <= start:
-            left, right = next(links)[:2]
+            left, right = next(ahead)
         if end <= left:
             found.append((start, end, entities[i]))
     return found
