@@ -25,6 +25,7 @@ if rate > 10:
     print("error: data of another kind", file=sys.stderr)
     sys.exit(2)
 
+time.sleep(float(os.environ.get("FAKE_IMPORTS_S", 0)))
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 checkpoint = output / "checkpoints" / "state"

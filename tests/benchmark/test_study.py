@@ -170,6 +170,25 @@ def test_a_stopped_study_resumes_its_half_finished_run(study, starts, monkeypatc
     assert rows[reached + 1]["step"] == reached
 
 
+def test_a_run_that_has_not_got_to_its_handler_is_stopped_too(study, starts, monkeypatch, tmp_path):
+    """Another one may be writing its checkpoint: it must not be killed for that."""
+    monkeypatch.setenv("FAKE_IMPORTS_S", "60")
+    stop = StopRequest()
+
+    def stop_after_the_start():
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "starts").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        stop.requested = True
+
+    thread = threading.Thread(target=stop_after_the_start)
+    thread.start()
+    assert not study().run(stop)
+    thread.join()
+    monkeypatch.setenv("FAKE_IMPORTS_S", "0")
+    assert study().run(StopRequest())
+
+
 def test_a_run_that_somebody_stops_stops_the_study(study, starts, monkeypatch):
     monkeypatch.setenv("FAKE_STEP_S", "0.05")
     started = []

@@ -259,10 +259,14 @@ class Runner:
     def _finish_stopped(self, under_way: dict) -> bool:
         for _, process, _ in under_way.values():
             process.send_signal(signal.SIGTERM)
-        for slot, (run, process, started) in list(under_way.items()):
+        for _, process, _ in under_way.values():  # all of them: an error below kills what is left
             process.wait()
+        for slot, (run, process, started) in list(under_way.items()):
             del under_way[slot]
-            self._ended(run, process.returncode, time.monotonic() - started)
+            code = process.returncode
+            if code == -signal.SIGTERM:  # it was still importing, and had nothing to save
+                code = EXIT_STOPPED
+            self._ended(run, code, time.monotonic() - started)
         return False
 
     def _ended(self, run: Run, code: int, wall_s: float) -> bool:
