@@ -392,8 +392,8 @@ class Trainer:
                 break
             quarantined = self.state.quarantined + ahead.damaged
             if ahead.damaged and quarantined > self.config.data.max_damaged_samples:
-                for message in self.loader.damaged[:1]:
-                    damage = DataError(f"{message} (data.max_damaged_samples)")
+                if self.loader.damaged:  # the ranks that met none hear of it below
+                    damage = DataError(f"{self.loader.damaged[0]} (data.max_damaged_samples)")
                 stopped = True
                 break
             plan = ahead
