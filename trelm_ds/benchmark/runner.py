@@ -263,15 +263,13 @@ class Runner:
             process.wait()
         for slot, (run, process, started) in list(under_way.items()):
             del under_way[slot]
-            code = process.returncode
-            if code == -signal.SIGTERM:  # it was still importing, and had nothing to save
-                code = EXIT_STOPPED
-            self._ended(run, code, time.monotonic() - started)
+            self._ended(run, process.returncode, time.monotonic() - started)
         return False
 
     def _ended(self, run: Run, code: int, wall_s: float) -> bool:
         """Acts on a run's exit code; False if the run was stopped before its end."""
-        if code == EXIT_STOPPED:
+        # By the signal itself: it was still importing, and had nothing to save.
+        if code in (EXIT_STOPPED, -signal.SIGTERM):
             logger.info("stopped: %s, at %s", run.name, _progress(run))
             return False
         said = last_words(run.folder / CONSOLE)

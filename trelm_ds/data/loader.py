@@ -119,7 +119,6 @@ class _MicroBatches(Dataset):
         special: SpecialTokens,
     ):
         self._empty = np.array([special.cls, special.sep], dtype=np.int64)
-        self._tolerant = config.data.max_damaged_samples > 0
         self._damaged: list[str] = []  # of the micro-batch being made
         self._seed = config.train.seed
         self._knowledge_share = config.sampling.knowledge_rows
@@ -140,7 +139,7 @@ class _MicroBatches(Dataset):
         try:
             sample = self._reader[index]
         except DamagedSample as error:
-            if not self._tolerant:
+            if not self._reader.tolerant:
                 raise
             self._damaged.append(str(error))
             nothing = np.zeros(len(self._empty), dtype=bool)

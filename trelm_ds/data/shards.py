@@ -377,6 +377,8 @@ class ShardReader:
         verify: check a shard's sha256 and its index's when it is first opened.
         tolerant: a shard of another sha256 is warned of and its samples are left to their own
             checks; its index still has to be right.
+    Attributes:
+        tolerant: as given.
     Raises:
         DataError: the split is not in the manifest.
     """
@@ -398,7 +400,7 @@ class ShardReader:
         self._samples, self._spans = entry["samples"], entry["spans"]
         self._limits = sample_limits(manifest)
         self._verify = verify
-        self._tolerant = tolerant
+        self.tolerant = tolerant
         self._verified: set[int] = set()
         self._open_shards: OrderedDict[int, tuple[int, int]] = OrderedDict()
 
@@ -438,7 +440,7 @@ class ShardReader:
                 try:
                     _check_digest(tar_path, tar, shard["sha256"])
                 except DataError as error:
-                    if not self._tolerant:
+                    if not self.tolerant:
                         raise
                     logger.warning("%s; its samples are checked one by one", error)
             except BaseException:

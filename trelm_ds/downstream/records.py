@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trelm_ds.errors import DataError
-from trelm_ds.prepare.files import check_text, find_file, iter_jsonl, iter_lines
+from trelm_ds.prepare.files import check_text, find_file, first_line, iter_jsonl, iter_lines
 
 EVAL_SPLITS = ("dev", "val", "test")
 
@@ -17,7 +17,8 @@ def find_splits(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
 
     Args:
         folder: where they are.
-        patterns: file names with ``{}`` for the split, the preferred first; ``.gz`` may follow.
+        patterns: file names with ``{}`` for the split, the preferred first, plain or
+            compressed.
     Raises:
         DataError: no such folder, no training file or no file to evaluate on.
     """
@@ -30,7 +31,7 @@ def find_splits(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
             found[split] = path
     names = " or ".join(pattern.format("train") for pattern in patterns)
     if "train" not in found:
-        raise DataError(f"{folder}: no {names} (or the same with .gz) in it")
+        raise DataError(f"{folder}: no {names} (or the same compressed) in it")
     if len(found) == 1:
         raise DataError(f"{folder}: nothing to evaluate on: no {names} with dev, val or test")
     return found
@@ -42,8 +43,7 @@ def iter_records(path: Path) -> Iterator[tuple[str, dict]]:
     Raises:
         DataError: it is neither; the message has the file, and the line or the record's number.
     """
-    first = next((line for _, line in iter_lines(path) if line.strip()), "")
-    if not first.lstrip().startswith("["):
+    if not first_line(path).lstrip().startswith("["):
         yield from iter_jsonl(path)
         return
     try:

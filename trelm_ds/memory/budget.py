@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from trelm_ds.config import Config
 from trelm_ds.errors import ConfigError
+from trelm_ds.memory.layout import KeyLayout
 from trelm_ds.memory.shard_files import FILE_BYTES
 
 # Updates are not deduplicated before they travel, so the owner of a very frequent entity receives
@@ -30,7 +32,8 @@ def required_bytes(
         the commit), ``exchange`` (buffers of a lookup or a commit, whichever is larger) and
         ``snapshot`` (one file on its way to disk).
     """
-    rows = -(-num_keys * -(-virtual_shards // world_size) // virtual_shards)
+    bounds = KeyLayout(num_keys, virtual_shards, world_size).rank_bounds()
+    rows = max(end - first for first, end in itertools.pairwise(bounds))
     shard = rows * (2 * 4 * hidden_size + 8)
     lookup = mentions * 3 * 2 * 4 * hidden_size  # answered, received, spread over the mentions
     received = mentions * min(world_size, _HOTTEST_OWNER)

@@ -105,6 +105,11 @@ def iter_lines(path: Path) -> Iterator[tuple[str, str]]:
         raise DataError(f"{path}: {error.strerror}") from None
 
 
+def first_line(path: Path) -> str:
+    """The first line that is not empty, by which the forms of a file are told apart; "": none."""
+    return next((line for _, line in iter_lines(path) if line.strip()), "")
+
+
 def iter_columns(path: Path, at_least: int) -> Iterator[tuple[str, list[str]]]:
     """(``file:line``, tab-separated columns) of every line that is not empty.
 

@@ -33,6 +33,7 @@ from trelm_ds.errors import DataError
 from trelm_ds.knowledge.linker import longest_matches, normalize
 from trelm_ds.prepare.files import (
     bare_name,
+    first_line,
     get,
     is_wikidata_id,
     iter_columns,
@@ -114,8 +115,7 @@ def _titles(tables: list[Path]) -> dict[str, str]:
 
 def _articles(path: Path) -> Iterator[Article]:
     """The articles of a file of either form, as its first character tells."""
-    first = next((line for _, line in iter_lines(path) if line.strip()), "")
-    if first.startswith("{"):
+    if first_line(path).startswith("{"):
         for where, record in iter_jsonl(path):
             page, title, text = (get(record, key, str, where) for key in ("id", "title", "text"))
             yield where, page, html.unescape(title), text
@@ -178,34 +178,35 @@ class _Linker:
         links: list[tuple[int, int]] = []  # of every one: what has no id is nobody else either
         owners: dict[str, str | None] = {}  # None: of more than one entity
 
-        def own(surface: str, entity: str) -> None:
-            name = normalize(_ENDS.sub("", surface))
-            owners[name] = entity if owners.get(name, entity) == entity else None
-
         for link in _LINK.finditer(text):
             reference, surface, trail = link.groups()
-            parts += [_TAG.sub("", text[begin : link.start()]), surface, trail]
-            start = length + len(parts[-3])
-            begin, length = link.end(), start + len(surface) + len(trail)
+            whole = surface + trail
+            parts += [_TAG.sub("", text[begin : link.start()]), whole]
+            start = length + len(parts[-2])
+            begin, length = link.end(), start + len(whole)
             links.append((start, length))
             if not surface.strip(_QUOTES):
                 continue
             entity = self._entity(reference)
             self._corpus.counts["link_without_id" if entity is None else "link"] += 1
             if entity is not None:
-                own(surface, entity)
-                own(surface + trail, entity)
-                whole = surface + trail
+                for name in {_key(surface), _key(whole)}:
+                    owners[name] = entity if owners.get(name, entity) == entity else None
                 start += len(whole) - len(whole.lstrip(_QUOTES))
                 document.spans.append((start, start + len(whole.strip(_QUOTES)), entity))
         document.text = "".join([*parts, _TAG.sub("", text[begin:])])
         if entity := self._entity(title):  # whatever the links say
-            owners[normalize(_ENDS.sub("", _DISAMBIGUATION.sub("", title)))] = entity
+            owners[_key(_DISAMBIGUATION.sub("", title))] = entity
         names = {name: entity for name, entity in owners.items() if name and entity is not None}
         repeated = _repeated(document.text, names, links)
         self._corpus.counts["mention_repeated"] += len(repeated)
         document.spans += repeated
         return document
+
+
+def _key(surface: str) -> str:
+    """What a surface is compared by: matches begin and end with a letter or digit."""
+    return normalize(_ENDS.sub("", surface))
 
 
 def _repeated(
