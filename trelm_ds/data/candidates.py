@@ -51,9 +51,6 @@ class EntityCandidates:
         self._count = settings.entity_negatives
         self._q = entity_distribution(tables, graph, settings.unigram_power)
         self._draw = NegativeSampler(self._q, self._count, config.train.seed, rng.ENTITY_NEGATIVES)
-        # Once here, so that a batch sorts numbers and not names.
-        self._names, self._name_of = np.unique(tables.entity_names, axis=0, return_inverse=True)
-        self._name_of = self._name_of.reshape(-1)
 
     def __call__(
         self,
@@ -81,9 +78,11 @@ class EntityCandidates:
         offered = offered[np.argsort(first)]
         offered = offered[~np.isin(offered, kept)][: max(0, self._most - len(kept))]
         candidates = np.union1d(kept, offered)
-        listed, column = np.unique(self._name_of[candidates], return_inverse=True)
+        # Of the batch's few alone: a list of all names in every loader process is 300 MB at 5M.
+        names = self._tables.entity_names[candidates]
+        listed, column = np.unique(names, axis=0, return_inverse=True)
         column = column.reshape(-1)
-        words, places = np.unique(self._names[listed], return_inverse=True)
+        words, places = np.unique(listed, return_inverse=True)
         if words[:1] != -1:
             words, places = np.r_[-1, words], places + 1
         # Drawn with replacement, listed once: the chance to be listed takes the place of N Q, and
