@@ -493,11 +493,13 @@ class TrelmModel(MaskedLanguageModel):
             loss, cka = mlm, torch.zeros_like(mlm)
             gold_probability = mlm.new_zeros(len(batch.decode_mention))
         else:
-            spans = batch.mention_spans[batch.decode_mention]
+            # A mention's state once, though all its triples ask it. Mentions that none asks may be
+            # wider than what is gathered; their rows are not read.
+            pooled = span_mean(states, batch.mention_spans, batch.decoded_width)
             weight = self.config.decoding.entity_weight
             words = batch.entity_words if weight else None
             decoded, log_p, words = self._decode(
-                span_mean(states, spans, batch.decoded_width),
+                pooled[batch.decode_mention],
                 *(batch.decode_relation, batch.decode_tokens, batch.decoded_positions),
                 *(batch.negatives, words),
             )

@@ -144,20 +144,27 @@ class MentionSampler:
         return self._graph.edge(entity, int(draw * degree))
 
     def _triples_to_decode(
-        self, sample: Sample, epoch: int, number: int, chosen: tuple, draws: tuple[float, float]
+        self,
+        sample: Sample,
+        epoch: int,
+        number: int,
+        chosen: tuple | None,
+        draws: tuple[float, float],
     ) -> list:
         settings = self._config.decoding
         entity = int(sample.spans[number, 2])
         degree = self._graph.degree(entity)
+        if settings.triple == "all":
+            if degree <= settings.max_triples:
+                return self._graph.edges_of(entity).tolist()
+            stream = rng.generator(self._seed, rng.MENTION, epoch, sample.id, 1 + number)
+            rows = stream.choice(degree, settings.max_triples, replace=False)
+            return [self._graph.edge(entity, i) for i in np.sort(rows).tolist()]
+        if chosen is None:
+            return []
         if settings.triple == "same" or degree == 1:
             return [chosen]
-        if settings.triple == "different":
-            return [self._another_triple(entity, degree, chosen, draws)]
-        if degree <= settings.max_triples:
-            return self._graph.edges_of(entity).tolist()
-        stream = rng.generator(self._seed, rng.MENTION, epoch, sample.id, 1 + number)
-        rows = stream.choice(degree, settings.max_triples, replace=False)
-        return [self._graph.edge(entity, i) for i in np.sort(rows).tolist()]
+        return [self._another_triple(entity, degree, chosen, draws)]
 
     def _another_triple(
         self, entity: int, degree: int, chosen: tuple, draws: tuple[float, float]
@@ -182,6 +189,7 @@ class MentionSampler:
         near = set(sample.spans[is_entity, 2].tolist())
         selected = set(self.select(sample).tolist())
         ask_all = config.decoding.enabled and config.decoding.mentions == "all"
+        asks_for_it = config.decoding.enabled and config.decoding.triple != "all"
         use_words = config.memory.enabled and config.injection.long_tail_words
         # A row for every span and use, whatever the method: methods share them.
         stream = rng.generator(self._seed, rng.MENTION, epoch, sample.id)
@@ -196,10 +204,14 @@ class MentionSampler:
             if not is_selected and not ask_all:
                 continue
             inject_draw, triple_draw, *decode_draws = draws[number]
-            triple = self._choose_triple(key, near, triple_draw)
+            inject = is_selected and bool(inject_draw < config.injection.probability)
+            # Looked for only where it is read: the search grows with the square of the mentions.
+            triple = None
+            if asks_for_it or (inject and config.injection.form != "none"):
+                triple = self._choose_triple(key, near, triple_draw)
             role, relation, other = ROLE_NONE, 0, 0
             asked = []
-            if config.decoding.enabled and triple:
+            if config.decoding.enabled:
                 asked = self._triples_to_decode(sample, epoch, number, triple, decode_draws)
             if not is_selected and not asked:
                 continue
@@ -210,7 +222,6 @@ class MentionSampler:
             gives_away = config.decoding.triple == "different" and any(
                 entity == triple[2] for _, _, entity in asked
             )
-            inject = is_selected and bool(inject_draw < config.injection.probability)
             if inject and triple and config.injection.form != "none" and not gives_away:
                 role, relation, other = triple
             # Without a triple there is only memory to mix in.
