@@ -6,7 +6,7 @@ from entity_names import entity_tokens
 
 from trelm_ds.data.candidates import EntityCandidates
 from trelm_ds.data.loader import StepLoader
-from trelm_ds.data.negatives import NegativeSampler, entity_distribution
+from trelm_ds.data.negatives import NegativeSampler, answer_distribution, entity_distribution
 
 
 def questions(corpus, graph, count=40, seed=0):
@@ -34,6 +34,41 @@ def names_of(fields) -> np.ndarray:
     return entity_tokens(fields["entity_words"], fields["entity_names"])
 
 
+def asked_about(corpus, graph, tables, most) -> np.ndarray:
+    """The answers' distribution by a loop over mentions and their triples."""
+    counts = np.zeros(graph.num_entities)
+    for entity, mentions in enumerate(tables.entity_frequency.tolist()):
+        edges = [t for h, _, t in corpus.triples.tolist() if h == entity]
+        edges += [h for h, _, t in corpus.triples.tolist() if t == entity]
+        for other in edges:
+            counts[other] += mentions * min(1, most / len(edges))
+    return counts / counts.sum()
+
+
+@pytest.mark.parametrize("most", [1, 3, 1000])
+def test_answers_against_a_loop(corpus, graph, tables, most):
+    found = answer_distribution(tables, graph, most)
+    np.testing.assert_allclose(found, asked_about(corpus, graph, tables, most), rtol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [2, 200])
+def test_weighed_candidates_count_the_names(corpus, configure, graph, tables, batch):
+    # Answers are listed whether drawn or not: by the draw alone rare ones weighed many times over.
+    everyone = np.arange(graph.num_entities)
+    make = build(configure, graph, tables, decoding__triple="all", decoding__max_triples=1000)
+    rng = np.random.default_rng(1)
+    a = answer_distribution(tables, graph, 1000)
+    none = np.zeros(batch, dtype=np.int64)
+    sums = []
+    for step in range(2000):
+        fields = make(step, none, none, rng.choice(everyone, batch, p=a), none[:0])
+        sums.append(np.exp(-fields["entity_log_q"].astype(float)).sum())
+    names = len({name_of(tables, e) for e in everyone[graph.degrees() > 0]})
+    error = np.std(sums) / np.sqrt(len(sums))
+    assert abs(np.mean(sums) - names) < 4 * error
+    assert error < names / 20
+
+
 @pytest.mark.parametrize("namesakes", [False, True])
 def test_fields_against_a_loop(corpus, configure, graph, tables, monkeypatch, namesakes):
     if namesakes:
@@ -52,9 +87,13 @@ def test_fields_against_a_loop(corpus, configure, graph, tables, monkeypatch, na
     columns = {tuple(row): i for i, row in enumerate(names_of(fields).tolist())}
     assert set(columns) == names and len(names_of(fields)) == len(names)
     assert (len(names) < len(listed)) == namesakes
+    a = asked_about(corpus, graph, tables, most=1)
+    namesake = {name: [] for name in columns}
+    for e in range(graph.num_entities):
+        namesake.get(name_of(tables, e), []).append(e)
     for name, column in columns.items():
-        share = sum(q[e] for e in listed if name_of(tables, e) == name)
-        expected = np.log(1 - (1 - share) ** 6)
+        drawn_q, asked = (sum(p[e] for e in namesake[name]) for p in (q, a))
+        expected = np.log(1 - (1 - drawn_q) ** 6 * (1 - asked) ** len(gold))
         assert fields["entity_log_q"][column] == pytest.approx(expected, rel=1e-5)
     facts = set(map(tuple, corpus.triples.tolist()))
     hits = set()
@@ -77,7 +116,7 @@ def test_the_cap_never_drops_an_answer_and_prefers_what_is_offered_first(
     entities, relations, gold = questions(corpus, graph, count=3)
     free = build(configure, graph, tables, decoding__entity_negatives=1)
     count = len(free(0, entities, relations, gold, np.zeros(0, np.int64))["entity_names"])
-    offered = np.setdiff1d(np.flatnonzero(free._q), np.r_[gold, free._draw(0)])[::-1]
+    offered = np.setdiff1d(np.flatnonzero(graph.degrees()), np.r_[gold, free._draw(0)])[::-1]
     assert len(offered) > 4
     capped = build(
         configure,

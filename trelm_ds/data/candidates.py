@@ -8,7 +8,7 @@ import numpy as np
 
 from trelm_ds.config import Config
 from trelm_ds.data import rng
-from trelm_ds.data.negatives import NegativeSampler, entity_distribution
+from trelm_ds.data.negatives import NegativeSampler, answer_distribution, entity_distribution
 
 if TYPE_CHECKING:  # a floor above: only the names, for the reader
     from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
@@ -26,6 +26,13 @@ def no_candidates() -> dict[str, np.ndarray]:
     }
 
 
+def _same_rows(rows: np.ndarray) -> np.ndarray:
+    """int64 [N]: a number for each row of int [N, n], the same for equal ones."""
+    rows = np.ascontiguousarray(rows)
+    whole = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))[:, 0]  # sorts in a third
+    return np.unique(whole, return_inverse=True)[1]
+
+
 class EntityCandidates:
     """Collects a micro-batch's candidates and says which of them answer which triple.
 
@@ -34,6 +41,12 @@ class EntityCandidates:
     ``decoding.entity_candidates``; the answers are never left out. So they are a function of the
     step and the micro-batch. Entities of one name have one vector and are one candidate, or else a
     model that knows the answer would be punished for its namesake.
+
+    A candidate's log Q is of its chance to be listed, drawn or as another question's answer: with n
+    draws from q and D questions, 1 - (1 - q)^n (1 - a)^D, a ``answer_distribution``, q and a summed
+    over all of its name. Sums over candidates, each weighed by 1 / Q, then estimate sums over all
+    entities, whatever the micro-batch and the graph's size. (Entities on offer are mostly answers
+    to each other, and left out of Q.)
 
     Args:
         config: the run's configuration.
@@ -49,8 +62,15 @@ class EntityCandidates:
         self._tables = tables
         self._most = settings.entity_candidates
         self._count = settings.entity_negatives
-        self._q = entity_distribution(tables, graph, settings.unigram_power)
-        self._draw = NegativeSampler(self._q, self._count, config.train.seed, rng.ENTITY_NEGATIVES)
+        q = entity_distribution(tables, graph, settings.unigram_power)
+        self._draw = NegativeSampler(q, self._count, config.train.seed, rng.ENTITY_NEGATIVES)
+        asked = settings.max_triples if settings.triple == "all" else 1
+        name_of = _same_rows(np.asarray(tables.entity_names))
+        # Of each entity's name, log(1 - q) and log(1 - a): loader processes have copies of these.
+        self._not_drawn, self._not_asked = (
+            np.log1p(-np.minimum(np.bincount(name_of, p), 1 - 1e-12)).astype(np.float32)[name_of]
+            for p in (q, answer_distribution(tables, graph, asked))
+        )
 
     def __call__(
         self,
@@ -73,7 +93,7 @@ class EntityCandidates:
             ``entity_gold``, ``entity_hits``.
         """
         kept = np.union1d(gold, self._draw(step))
-        offered = offered[self._q[offered] > 0]  # what is never an answer teaches nothing
+        offered = offered[self._not_drawn[offered] < 0]  # what is never an answer teaches nothing
         offered, first = np.unique(offered, return_index=True)
         offered = offered[np.argsort(first)]
         offered = offered[~np.isin(offered, kept)][: max(0, self._most - len(kept))]
@@ -85,10 +105,11 @@ class EntityCandidates:
         words, places = np.unique(listed, return_inverse=True)
         if words[:1] != -1:
             words, places = np.r_[-1, words], places + 1
-        # Drawn with replacement, listed once: the chance to be listed takes the place of N Q, and
-        # where all entities are drawn it is 1 and the softmax the full one, without correction.
-        q = np.bincount(column, weights=self._q[candidates])
-        log_q = np.log(-np.expm1(self._count * np.log1p(-np.minimum(q, 1 - 1e-12))))
+        # Where all entities are drawn Q is 1: the full softmax, without correction.
+        unlisted = self._count * self._not_drawn[candidates].astype(np.float64)
+        unlisted += len(gold) * self._not_asked[candidates]
+        log_q = np.zeros(len(listed))
+        log_q[column] = np.log(-np.expm1(unlisted))  # equal for all of a name
         answer = column[np.searchsorted(candidates, gold)]
         rows, columns = self._graph.answers(entities, relations, candidates)
         columns = column[columns]

@@ -50,6 +50,26 @@ def entity_distribution(tables: KnowledgeTables, graph: KnowledgeGraph, power: f
     return weights / weights.sum()
 
 
+def answer_distribution(
+    tables: KnowledgeTables, graph: KnowledgeGraph, max_triples: int
+) -> np.ndarray:
+    """a(e), how often entities are what decoding asks for: of each mention of the train split, at
+    most ``max_triples`` of its entity's triples are asked, all alike.
+
+    Weighted sampling and rows of triples shift it some; it corrects estimates alone.
+
+    Returns:
+        float64 [N], sums to 1, or to 0 where no mentioned entity has a triple.
+    """
+    asked = np.asarray(tables.entity_frequency, dtype=np.float64)
+    asked = asked * np.minimum(1.0, max_triples / np.maximum(graph.degrees(), 1))
+    head, _, tail = graph.triples.T
+    counts = np.bincount(tail, asked[head], graph.num_entities)
+    counts += np.bincount(head, asked[tail], graph.num_entities)
+    counts *= np.asarray(tables.entity_names)[:, 0] >= 0
+    return counts / (counts.sum() or 1.0)
+
+
 class NegativeSampler:
     """Draws the negatives that one optimizer step shares, the same on every rank.
 
