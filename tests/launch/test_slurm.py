@@ -70,14 +70,23 @@ def log_of(output_dir, job) -> str:
 
 
 def test_two_nodes_train_and_export(environment, repo, data_dir, tmp_path):
-    job = submit(environment, repo, tmp_path / "run", data_dir, "--max_steps", "3")
+    output, config = tmp_path / "named", tmp_path / "run.yaml"
+    config.write_text(f"train: {{output_dir: {output}, max_steps: 3}}")
+    job = submit(environment, repo, tmp_path / "run", data_dir, "--config", str(config))
     state = slurm.wait_for_job(environment, job, {"COMPLETED", "FAILED"}, 150)
     assert state == "COMPLETED", log_of(tmp_path / "run", job)
-    output = tmp_path / "run"
+    assert not (tmp_path / "run").exists()  # the configuration's folder wins over the job's
     assert (output / "hf" / "model.safetensors").is_file()
     config = json.loads((output / "checkpoints/step_00000003/state.json").read_text())
     assert config["world_size"] == 2
     assert {p.name for p in (output / "logs").glob("rank_*.log")} == {"rank_0.log", "rank_1.log"}
+
+
+def test_a_wrong_flag_ends_the_job_before_any_task(environment, repo, data_dir, tmp_path):
+    job = submit(environment, repo, tmp_path / "run", data_dir, "--max_step", "3")
+    assert slurm.wait_for_job(environment, job, {"COMPLETED", "FAILED"}, 60) == "FAILED"
+    lines = log_of(tmp_path / "run", job).splitlines()
+    assert len(lines) == 1 and "did you mean '--max_steps'" in lines[0], lines
 
 
 def test_a_signalled_job_saves_and_asks_to_be_requeued(environment, repo, data_dir, tmp_path):
