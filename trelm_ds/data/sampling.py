@@ -1,8 +1,9 @@
 """Which mentions of a sequence get knowledge, with which triple, and which triples are decoded.
 
 A mention is *selected* when it passes ``injection.selection`` and the cap of K per 128 tokens.
-Selected mentions and long-tail words are what matters to a batch. A selected mention is *injected*
-with probability ``injection.probability`` and decoded whatever that draw says. With
+Selected mentions and long-tail words are what matters to a batch. Each of them is *injected* with
+probability ``injection.probability``, a mention decoded whatever that draw says. What is injected is
+never a target of the MLM: at probability 1 a long-tail word is never predicted at all. With
 ``decoding.mentions: all`` every other mention that has a triple is decoded too, never injected; its
 memory is kept like that of any mention of the batch. All draws depend on (seed, sample, span
 number, epoch), so every method sees the same triple at the same place.
@@ -198,7 +199,8 @@ class MentionSampler:
         for number, (left, right, key) in enumerate(sample.spans.tolist()):
             if key >= graph.num_entities:
                 if use_words:  # its own token embedding in place of h_e, mixed with memory
-                    rows.append((left, right, key, True, ROLE_NONE, 0, 0))
+                    inject = draws[number][0] < config.injection.probability
+                    rows.append((left, right, key, inject, ROLE_NONE, 0, 0))
                 continue
             is_selected = number in selected
             if not is_selected and not ask_all:
