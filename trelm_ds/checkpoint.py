@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from trelm_ds.distributed import World, barrier, first_problem, gather_objects
 from trelm_ds.errors import CheckpointError, everywhere
 from trelm_ds.files import file_sha256, fsync, write_text
+from trelm_ds.reshard import universal_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -300,9 +301,9 @@ class Checkpointer:
         document = json.loads((folder / STATE).read_text())
         document.setdefault("quarantined", 0)  # a checkpoint that is older than the count
         self._check_identity(folder, document, engine)
-        with _silence():
+        with self._loadable(folder, document, engine) as loadable, _silence():
             path, _ = engine.load_checkpoint(
-                str(folder.parent), tag=folder.name, load_lr_scheduler_states=False
+                str(loadable.parent), tag=loadable.name, load_lr_scheduler_states=False
             )
         if path is None:  # DeepSpeed only warns and would train from scratch
             raise CheckpointError(f"{folder}: DeepSpeed could not load it")
@@ -311,12 +312,31 @@ class Checkpointer:
         routing.load_state_dict(load_file(folder / "routing.safetensors"))
         if sampling is not None:
             sampling.load_state_dict(load_file(folder / "sampling.safetensors"))
-        rng = load_file(folder / f"rng_{self._world.rank:05d}.safetensors")
-        torch.set_rng_state(rng["cpu"])
-        if self._device.type == "cuda" and "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"], self._device)
+        if document["world_size"] == self._world.size:
+            rng = load_file(folder / f"rng_{self._world.rank:05d}.safetensors")
+            torch.set_rng_state(rng["cpu"])
+            if self._device.type == "cuda" and "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"], self._device)
+        else:  # each rank's own seed, but not the draws of the run's beginning again
+            torch.manual_seed(torch.initial_seed() + document["step"])
         self._set_aside_after(folder)
         return TrainState(**{k: document[k] for k in asdict(TrainState())})
+
+    def _loadable(self, folder: Path, document: dict, engine):
+        """The folder for DeepSpeed to load, as a context: converted where ranks have changed."""
+        saved, stage = document["world_size"], engine.zero_optimization_stage()
+        if saved == self._world.size:
+            return contextlib.nullcontext(folder)
+        if self._world.is_main:
+            logger.warning(
+                "%s is of %d ranks and goes on with %d: dropout's draws are other ones, and sums "
+                "are rounded otherwise",
+                *(folder, saved, self._world.size),
+            )
+        if stage == 0:  # nothing is cut by rank
+            return contextlib.nullcontext(folder)
+        temporary = self.folder / f"{TEMPORARY}universal-{folder.name}"
+        return universal_checkpoint(folder, temporary, engine, self._world, self._group)
 
     def _set_aside_after(self, folder: Path) -> None:
         """Later checkpoints of this run belong to a branch that is left: ``latest`` must not
@@ -334,9 +354,8 @@ class Checkpointer:
     def _check_identity(self, folder: Path, document: dict, engine) -> None:
         saved = dict(document.get("identity", {}))
         wanted = dict(self._identity)
-        saved |= {k: document.get(k) for k in ("world_size", "zero_stage", "bf16")}
+        saved |= {k: document.get(k) for k in ("zero_stage", "bf16")}
         wanted |= {
-            "world_size": self._world.size,
             "zero_stage": engine.zero_optimization_stage(),
             "bf16": bool(engine.bfloat16_enabled()),
         }

@@ -345,13 +345,13 @@ class Trainer:
         }
         reasons = [what for what, used in by_micro_batch.items() if used]
         saved = json.loads((checkpoint / "config.json").read_text())["train"]
-        keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        changed = [key for key in keys if saved[key] != getattr(config.train, key)]
-        if reasons and changed and self.world.is_main:
+        # The global batch is the same: of as many sequences, the micro-batches are the same ones.
+        key = "per_device_train_batch_size"
+        if reasons and saved[key] != getattr(config.train, key) and self.world.is_main:
             logger.warning(
-                "%s differ from the checkpoint's: %s are taken from a micro-batch, so the run does "
+                "%s differs from the checkpoint's: %s are taken from a micro-batch, so the run does "
                 "not go on as it would have",
-                " and ".join(changed),
+                key,
                 " and ".join(reasons),
             )
 

@@ -314,10 +314,13 @@ def test_state_of_another_shape_is_refused():
         block.load_state_dict(random.state_dict())
 
 
-def test_block_state_of_another_number_of_ranks_is_refused():
+def test_block_state_of_another_number_of_ranks_is_added_up():
     _, block = make("block")
     state = block.state_dict()
-    state["block.scores"] = torch.arange(2 * 2 * 24.0).view(2, 2, 24)
+    state["block.scores"] = scores = torch.arange(2 * 2 * 24.0).view(2, 2, 24)
+    block.load_state_dict(state)
+    torch.testing.assert_close(block.context.score_sums, scores[0] + scores[1])
+    state["block.scores"] = scores.view(2, 4, 12)
     with pytest.raises(CheckpointError, match="block scores"):
         block.load_state_dict(state)
 

@@ -351,7 +351,7 @@ class RoutingController:
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """The inverse, on as many ranks.
+        """The inverse. On another number of ranks the first one holds the sums of all.
 
         Raises:
             CheckpointError: the state belongs to another routing form or model shape.
@@ -368,12 +368,15 @@ class RoutingController:
         if "block.scores" not in state:
             raise CheckpointError("the checkpoint has no state of routing.form block")
         self._check_shape("blocks", state["block.last_used"], self.blocks.last_used)
-        scores, shape = state["block.scores"], (self._world_size(), self.num_layers, self.size)
-        if scores.shape != shape:
+        scores, shape = state["block.scores"], (self.num_layers, self.size)
+        if scores.shape[1:] != shape:
             raise CheckpointError(
-                f"the checkpoint's block scores are of {len(scores)} rank(s) and of shape "
-                f"{tuple(scores.shape[1:])}, the run's of {shape[0]} and {shape[1:]}"
+                f"the checkpoint's block scores are of shape {tuple(scores.shape[1:])}, the run's "
+                f"of {shape}"
             )
+        if len(scores) != self._world_size():
+            total = scores.sum(0, keepdim=True)
+            scores = torch.cat([total, total.new_zeros(self._world_size() - 1, *shape)])
         self.blocks.count = int(state["block.rotations"])
         self.last_rotation = int(state["block.last_rotation"])
         self.blocks.current.copy_(state["block.current"])
