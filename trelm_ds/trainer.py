@@ -135,9 +135,9 @@ class Trainer:
         self.state = TrainState()
         self.control = cpu_group()
         self._skipped_in_a_row = 0
-        # Whether the last step's losses and gradients were finite; read a step later, so that a
-        # GPU is not waited for in between.
-        self._finite: bool | torch.Tensor = True
+        # Whether the last step's losses and its gradients were finite, bool [2]; read a step later
+        # so that a GPU is not waited for in between.
+        self._finite = torch.ones(2, dtype=torch.bool)
         self._saved: int | None = None  # step of the newest checkpoint of this process
         self._evaluated: int | None = None  # step of the newest evaluation
         self._truncated = False  # whether a step has been
@@ -434,13 +434,13 @@ class Trainer:
             float(len(self.loader.damaged)),
             float(self.stop.requested or not micro_batches),
             self.state.clock_s,
-            float(self._finite),
+            *self._finite.double().tolist(),
         ]
         table = gather_vector(row, self.control)
-        stop, clock, healthy = table[:, -3:].T
-        self._check_health(healthy)
+        stop, clock = table[:, -4:-2].T
+        self._check_health(table[:, -2:])
         self.state.clock_s = float(clock.max())
-        sums = table[:, :-3].sum(0).tolist()
+        sums = table[:, :-4].sum(0).tolist()
         masked, objects, decoded, entities, tokens, sequences, damaged = sums
         train, state = self.config.train, self.state
         progress = state.step / train.max_steps
@@ -472,15 +472,20 @@ class Trainer:
         return plan, bool(stop.max())
 
     def _check_health(self, finite: torch.Tensor) -> None:
-        """Acts on the last step's losses: a non-finite one was skipped, or has poisoned ZeRO 0.
+        """Acts on the last step's losses and gradients: where they were not finite the step was
+        skipped, or has poisoned ZeRO 0.
 
+        Args:
+            finite: [ranks, 2], each rank's ``_finite``.
         Raises:
             TrainingError: the weights are spoilt, or too many steps in a row were skipped.
         """
-        bad = [rank for rank, ok in enumerate(finite.tolist()) if not ok]
-        if not bad:
+        if finite.all():
             return
-        where = f"step {self.state.step}: the loss was not finite on rank(s) {bad}"
+        # Gradients are judged when they are the mean of all ranks': a loss alone names its rank.
+        bad = [rank for rank, ok in enumerate(finite[:, 0].tolist()) if not ok]
+        what = f"the loss was not finite on rank(s) {bad}" if bad else "a gradient was not finite"
+        where = f"step {self.state.step}: {what}"
         if self.engine.was_step_applied():
             raise TrainingError(
                 f"{where} and the update was applied; resume from the last checkpoint"
@@ -547,15 +552,14 @@ class Trainer:
 
     def _finish_step(self, plan: StepPlan, finite: torch.Tensor) -> None:
         """Commits the memory and the paths of an applied step, drops those of a skipped one."""
-        self._grad_norm = self.engine.get_global_grad_norm()
-        if self._grad_norm is not None:
-            # DeepSpeed gives a number or a tensor; a number is not sent to the device and back.
-            norm = self._grad_norm
-            finite = finite & (
-                norm.isfinite() if isinstance(norm, torch.Tensor) else math.isfinite(norm)
-            )
-        self._finite = finite
         applied = self.engine.was_step_applied()
+        self._grad_norm = norm = self.engine.get_global_grad_norm()
+        # DeepSpeed gives a number or a tensor; a number is not sent to the device and back.
+        if isinstance(norm, torch.Tensor):
+            whole = norm.isfinite().reshape(()).to(finite.device) & applied
+        else:
+            whole = torch.full_like(finite, applied and (norm is None or math.isfinite(norm)))
+        self._finite = torch.stack([finite, whole])
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         self.state.applied_steps += int(applied)
         self.state.tokens_seen += plan.tokens
@@ -640,8 +644,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of this step, unless the newest one already is of this step."""
-        table = gather_vector([float(self._finite)], self.control)
-        self._check_health(table[:, 0])
+        self._check_health(gather_vector(self._finite.double().tolist(), self.control))
         final = self.checkpoints.folder / checkpoint_name(self.state.step)
         if self._saved == self.state.step:
             return final
