@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from trelm_ds.distributed import World, barrier, first_problem, gather_objects
-from trelm_ds.errors import CheckpointError, everywhere
+from trelm_ds.distributed import World, barrier, first_problem, gather_objects, write_together
+from trelm_ds.errors import CheckpointError, WriteError
 from trelm_ds.files import file_sha256, fsync, write_text
 
 logger = logging.getLogger(__name__)
@@ -161,16 +160,16 @@ class Checkpointer:
         Returns:
             The published folder.
         Raises:
-            CheckpointError: a rank failed; nothing was published and the last checkpoint stands.
+            WriteError: a rank failed; nothing was published and the last checkpoint stands.
         """
         name = checkpoint_name(state.step)
         final, temporary = self.folder / name, self.folder / f"{TEMPORARY}{name}"
-        with self._all_or_none(name, temporary):
+        with self._all_or_none(final, temporary):
             if self._world.is_main:
                 for left in self.folder.glob(f"{TEMPORARY}*"):  # of saves that were killed
                     shutil.rmtree(left, ignore_errors=True)
                 (temporary / "bank").mkdir(parents=True)
-        with self._all_or_none(name, temporary):
+        with self._all_or_none(final, temporary):
             with _late_errors(engine):
                 engine.save_checkpoint(str(self.folder), tag=temporary.name, save_latest=False)
             if bank is not None:
@@ -182,34 +181,29 @@ class Checkpointer:
                 if sampling_state is not None:
                     save_file(sampling_state, str(temporary / "sampling.safetensors"))
         listing, hashes = [], {}
-        with self._all_or_none(name, temporary):
+        with self._all_or_none(final, temporary):
             listing = _payload_files(temporary)
         # Of all ranks: a shared file system may show a rank another one's files a moment later.
         names = sorted(set().union(*gather_objects(listing, self._group)))
-        with self._all_or_none(name, temporary):
+        with self._all_or_none(final, temporary):
             hashes = _hash_files(temporary, names[self._world.rank :: self._world.size])
         parts = gather_objects(hashes, self._group)
-        with self._all_or_none(name, temporary):
+        with self._all_or_none(final, temporary):
             if self._world.is_main:
                 self._publish(temporary, final, {k: v for part in parts for k, v in part.items()})
         return final
 
     @contextlib.contextmanager
-    def _all_or_none(self, name: str, temporary: Path):
-        """A part of a save: where it fails on one rank it fails on all, and nothing is left of it.
-
-        A rank that raised alone would leave the others waiting for it in their next collective.
-        """
-        problem = None
+    def _all_or_none(self, final: Path, temporary: Path):
+        """A part of a save: one rank's failure is that of all, and nothing is left of it."""
         try:
-            yield
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError
-            problem = f"{type(error).__name__}: {error}"
-        if problem := first_problem(problem, self._group):
+            with write_together(f"checkpoint {final} was not written", self._group):
+                yield
+        except WriteError:
             if self._world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             barrier(self._group)
-            raise everywhere(CheckpointError(f"checkpoint {name} was not written: {problem}"))
+            raise
 
     def _write_main(self, folder, state, engine, routing_state, extras) -> None:
         save_file(routing_state, str(folder / "routing.safetensors"))

@@ -149,6 +149,7 @@ class MetricLog:
         self._path = Path(path)
         self._enabled = enabled
         self._monitor = monitor
+        self._pending = b""  # lines that could not be written yet
         if enabled and resume_step is not None:
             self._drop_after(resume_step)
 
@@ -166,14 +167,33 @@ class MetricLog:
         write_text(self._path, "".join(kept))
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
+        """Adds a line.
+
+        Raises:
+            OSError: it could not be written; the next call writes it too.
+        """
         if not self._enabled:
             return
-        with self._path.open("a") as file:
-            clean = {k: None if v != v else v for k, v in values.items()}  # NaN is not JSON
-            file.write(json.dumps({"step": step, **clean}) + "\n")
+        clean = {k: None if v != v else v for k, v in values.items()}  # NaN is not JSON
+        self._pending += json.dumps({"step": step, **clean}).encode() + b"\n"
+        self.flush()
         if self._monitor is not None and self._monitor.enabled:
             events = [(k, v, step) for k, v in values.items() if isinstance(v, (int, float))]
             self._monitor.write_events(events)
+
+    def flush(self) -> None:
+        """Writes the lines that could not be written before, whole or not at all."""
+        if not self._pending:
+            return
+        with self._path.open("ab", buffering=0) as file:
+            end, rest = file.tell(), self._pending
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(end)
+                raise
+        self._pending = b""
 
 
 def format_duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trelm_ds.arguments import parse_arguments
 from trelm_ds.config import Config
-from trelm_ds.distributed import World, barrier, gather_objects, get_world
+from trelm_ds.distributed import World, barrier, gather_objects, get_world, write_together
 from trelm_ds.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -210,7 +210,8 @@ def run(argv: list[str], stop) -> int:
     engines.init_distributed(world, device)
     _prepare_folders(config, world)
     output = Path(config.train.output_dir)
-    setup_logging(world, output)
+    with write_together(f"{output / 'logs'} cannot be written"):
+        setup_logging(world, output)
     engines.add_tracker(ds_config, config.train.report_to, output)
     from trelm_ds.ops import load_kernels
     from trelm_ds.trainer import Trainer
@@ -221,8 +222,9 @@ def run(argv: list[str], stop) -> int:
     trainer = Trainer(config, ds_config, world, device, stop)
     _warn_of_the_rate(config, trainer.model.hidden_size)
     trainer.resume()
-    if world.is_main:
-        _write_records(config, ds_config)
+    with write_together(f"{output} cannot be written"):
+        if world.is_main:
+            _write_records(config, ds_config)
     if trainer.done:
         logger.info("%s is already complete at step %d", output, trainer.state.step)
         complete = True

@@ -7,10 +7,12 @@ optimizer, the memory bank, the routing state, the ranks' dropout generators and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +27,14 @@ from trelm_ds.data.shards import load_manifest
 from trelm_ds.data.weights import WeightTables
 from trelm_ds.distributed import (
     World,
-    barrier,
     cpu_group,
     first_problem,
     gather_vector,
     new_group,
+    write_together,
 )
 from trelm_ds.engine import gathered
-from trelm_ds.errors import DataError, everywhere
+from trelm_ds.errors import DataError, WriteError, everywhere
 from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
 from trelm_ds.export import export_model, last_evaluation
 from trelm_ds.hard_negatives import HardNegatives
@@ -76,6 +78,7 @@ FREE_ON_RESUME = {
     *("train.per_device_train_batch_size", "train.gradient_accumulation_steps"),
 }
 MAX_SKIPPED_IN_A_ROW = 5  # non-finite steps before the run gives up
+MAX_FAILED_WRITES = 3  # in a row, of one kind, before the run gives up
 
 
 class TrainingError(Exception):
@@ -139,6 +142,8 @@ class Trainer:
         # so that a GPU is not waited for in between.
         self._finite = torch.ones(2, dtype=torch.bool)
         self._saved: int | None = None  # step of the newest checkpoint of this process
+        self._failed_saves = 0
+        self._failed_writes: Counter[str] = Counter()  # in a row, of each kind
         self._evaluated: int | None = None  # step of the newest evaluation
         self._truncated = False  # whether a step has been
 
@@ -326,12 +331,14 @@ class Trainer:
             self.hard_negatives.resume(self.state.step)
         if self.sampling is not None:
             self.sampling.start()
-        self.log = MetricLog(
-            self.output_dir / "metrics.jsonl",
-            self.world.is_main,
-            resume_step=self.state.step if found else -1,  # a start from scratch keeps no line
-            monitor=getattr(self.engine, "monitor", None),
-        )
+        metrics = self.output_dir / "metrics.jsonl"
+        with write_together(f"{metrics} was not written", self.control):
+            self.log = MetricLog(
+                metrics,
+                self.world.is_main,
+                resume_step=self.state.step if found else -1,  # a start from scratch keeps no line
+                monitor=getattr(self.engine, "monitor", None),
+            )
 
     def _warn_of_another_split(self, checkpoint: Path) -> None:
         """Losses are global means, the same for any split of the global batch, but for these."""
@@ -371,6 +378,8 @@ class Trainer:
         Raises:
             DataError: on all ranks, after the same checkpoint: one of them cannot read its batch,
                 or one sample more than ``data.max_damaged_samples`` is damaged.
+            WriteError: on all ranks: the last checkpoint cannot be written, or one on the way or
+                the metrics could not be for the third time in a row.
         """
         train = self.config.train
         self._interval = Interval(self.device, self.world.size)
@@ -407,7 +416,8 @@ class Trainer:
             if train.eval_steps and step % train.eval_steps == 0:
                 self.evaluate()
             if train.save_steps and step % train.save_steps == 0 and not last:
-                self.save()
+                with self._may_fail("saves"):
+                    self.save()
         batches.close()
         if self._interval.steps:
             self._log_interval(plan)
@@ -584,6 +594,34 @@ class Trainer:
 
     # -- what a run tells -----------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _may_fail(self, what: str):
+        """A write that the run can do without, though not for ever; on all ranks alike.
+
+        Raises:
+            WriteError: it failed for the third time in a row.
+        """
+        try:
+            yield
+        except WriteError as error:
+            self._failed_writes[what] += 1
+            if what == "saves":
+                self._failed_saves += 1
+            count = f"{self._failed_writes[what]} of {MAX_FAILED_WRITES} {what} in a row failed"
+            if self._failed_writes[what] == MAX_FAILED_WRITES:
+                raise everywhere(WriteError(f"{error}; {count}")) from None
+            logger.warning("%s; %s, the run goes on", error, count)
+        else:
+            self._failed_writes[what] = 0
+
+    def _write_metrics(self, values: dict) -> None:
+        path = self.output_dir / "metrics.jsonl"
+        with (
+            self._may_fail("writes of metrics"),
+            write_together(f"{path} was not written", self.control),
+        ):
+            self.log.write(self.state.step, {"time_s": self.state.clock_s, **values})
+
     def _log_interval(self, plan: StepPlan) -> None:
         interval = self._interval
         values = interval.metrics(self.model.backbone.config, self.control)
@@ -594,6 +632,7 @@ class Trainer:
         values["train/tokens_seen"] = self.state.tokens_seen
         values["data/quarantined_total"] = self.state.quarantined
         values["train/skipped_steps"] = self.state.step - self.state.applied_steps
+        values["checkpoint/failed_saves"] = self._failed_saves
         if self.bank is not None:
             values["bank/entities"] = self.bank.visited()  # collective
             values["bank/lambda"] = plan.memory_weight
@@ -611,7 +650,7 @@ class Trainer:
                 self.state.step, self.config.train.max_steps, values, self.world.size, max(0.0, eta)
             )
         )
-        self.log.write(self.state.step, {"time_s": self.state.clock_s, **values})
+        self._write_metrics(values)
         interval.reset()
 
     @torch.no_grad()
@@ -629,7 +668,7 @@ class Trainer:
         )
         self.model.train()
         self._evaluated = self.state.step
-        self.log.write(self.state.step, {"time_s": self.state.clock_s, **values})
+        self._write_metrics(values)
         logger.info(
             "eval at step %d | %s",
             self.state.step,
@@ -665,9 +704,18 @@ class Trainer:
         return path
 
     def finish(self) -> None:
-        """Exports the last checkpoint as a Hugging Face folder and draws the curves."""
+        """Exports the last checkpoint as a Hugging Face folder and draws the curves.
+
+        Raises:
+            WriteError: on all ranks: rank 0 could not.
+        """
+        with write_together(f"{self.output_dir} could not be completed", self.control):
+            self._write_results()
+
+    def _write_results(self) -> None:
         checkpoint = self.checkpoints.folder / checkpoint_name(self.state.step)
         if self.world.is_main:
+            self.log.flush()
             plot_curves(
                 self.output_dir / "metrics.jsonl",
                 self.output_dir / "curves.png",
@@ -681,4 +729,3 @@ class Trainer:
                     metrics=last_evaluation(self.output_dir / "metrics.jsonl", self.state.step),
                     overwrite=True,
                 )
-        barrier(self.control)
