@@ -229,6 +229,24 @@ def test_an_empty_run_folder_has_nothing_to_resume(tmp_path):
         checkpointer(tmp_path).find(str(tmp_path / "step_00000001"))
 
 
+def test_checkpoints_that_are_gone_are_not_begun_anew(run_dir):
+    folder, metrics = run_dir / "checkpoints", run_dir / "metrics.jsonl"
+    for step in folder.glob("step_*"):
+        shutil.rmtree(step)
+    with pytest.raises(CheckpointError) as caught:
+        checkpointer(run_dir).find("latest")
+    assert f"{folder / LATEST} names 'step_00000004' and {metrics} tells of" in str(caught.value)
+    assert "another --output_dir" in str(caught.value) and caught.value.exit_code == 2
+    shutil.rmtree(folder)
+    with metrics.open("a") as file:
+        file.write('{"step": 5, "tra')  # a torn line hides none of the others
+    with pytest.raises(CheckpointError, match="metrics.jsonl tells of one of step 2, but no step_"):
+        checkpointer(run_dir).find("latest")
+    before_the_first = metrics.read_text().splitlines(keepends=True)[:2]
+    metrics.write_text("".join(before_the_first))
+    assert checkpointer(run_dir).find("latest") is None
+
+
 def save_again(rank, world_size, data_dir, output_dir):
     """Leftovers of a killed save at the same step, and a rank that cannot write."""
     trainer = make_trainer(data_dir, output_dir, train__max_steps=2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import time
 from collections import defaultdict, deque
 from pathlib import Path
@@ -157,14 +159,8 @@ class MetricLog:
         """Lines of steps that the resumed run will take again, and a torn last line, go."""
         if not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                continue
-        write_text(self._path, "".join(kept))
+        kept = [row for row in read_lines(self._path) if row.get("step", math.inf) <= step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
         """Adds a line.
@@ -229,6 +225,17 @@ def console_line(step: int, total: int, values: dict, world_size: int, eta_s: fl
     parts.append(f"data {values['data/wait_fraction']:.0%}")
     parts.append(f"eta {format_duration(eta_s)}")
     return " | ".join(parts)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a log that a killed process may have left torn: those that are whole."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
 
 
 def read_metrics(path: str | Path) -> list[dict]:

@@ -19,7 +19,13 @@ from pathlib import Path
 import torch
 
 from trelm_ds import engine as engines
-from trelm_ds.checkpoint import Checkpointer, TrainState, checkpoint_name, load_model_state
+from trelm_ds.checkpoint import (
+    LAST_STEP,
+    Checkpointer,
+    TrainState,
+    checkpoint_name,
+    load_model_state,
+)
 from trelm_ds.compact_gradients import CompactGradients
 from trelm_ds.config import Config
 from trelm_ds.data.loader import StepLoader, heldout_batches
@@ -633,6 +639,8 @@ class Trainer:
         values["data/quarantined_total"] = self.state.quarantined
         values["train/skipped_steps"] = self.state.step - self.state.applied_steps
         values["checkpoint/failed_saves"] = self._failed_saves
+        if self._saved is not None:
+            values[LAST_STEP] = self._saved
         if self.bank is not None:
             values["bank/entities"] = self.bank.visited()  # collective
             values["bank/lambda"] = plan.memory_weight
