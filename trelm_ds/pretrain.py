@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import json
 import logging
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from trelm_ds import stack_dump
 from trelm_ds.arguments import parse_arguments
 from trelm_ds.config import Config
 from trelm_ds.distributed import World, barrier, gather_objects, get_world, write_together
@@ -33,7 +35,7 @@ DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 2}}
 
 
 def setup_logging(world: World, output_dir: Path | None = None) -> None:
-    """Rank 0 speaks on the console, every rank writes ``logs/rank_N.log``."""
+    """Rank 0 speaks on the console, every rank writes ``logs/rank_N.log``, its stacks too."""
     root = logging.getLogger("trelm_ds")
     if not root.handlers:
         console = logging.StreamHandler(sys.stdout)
@@ -48,6 +50,7 @@ def setup_logging(world: World, output_dir: Path | None = None) -> None:
         file = logging.FileHandler(folder / f"rank_{world.rank}.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         root.addHandler(file)
+        stack_dump.enable(file.stream)
 
 
 def choose_output_dir(config: Config) -> Path:
@@ -183,8 +186,15 @@ def run(argv: list[str], stop) -> int:
     """One training run; returns its exit code.
 
     Raises:
-        TrelmError: bad input, before or while the parts are built.
+        TrelmError: bad input, before or while the parts are built; or what ended the training.
     """
+    try:
+        return _run(argv, stop)
+    finally:
+        stack_dump.disable()  # before its log is closed
+
+
+def _run(argv: list[str], stop) -> int:
     config, args = parse_arguments(argv)
     world = get_world()
     setup_logging(world)
@@ -297,6 +307,7 @@ def main(argv: list[str] | None = None) -> int:
 
     stop = StopRequest()
     stop.install()
+    faulthandler.enable()  # a crash of native code says on stderr where it was
     try:
         code = run(sys.argv[1:] if argv is None else argv, stop)
     except (TrelmError, OSError) as error:

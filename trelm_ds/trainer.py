@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from trelm_ds import engine as engines
+from trelm_ds import stack_dump
 from trelm_ds.checkpoint import (
     LAST_STEP,
     Checkpointer,
@@ -395,6 +396,7 @@ class Trainer:
         plan, stopped, damage = None, False, None
         while self.state.step < train.max_steps:
             started = time.perf_counter()
+            stack_dump.rearm()
             self._interval.watch.start("data")
             try:
                 micro_batches = next(batches)
@@ -664,6 +666,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Held-out MLM loss and probe P@1, without injection and with lambda = 0."""
+        stack_dump.rearm()
         self.model.eval()
         values = evaluate_heldout(self.engine.module, self.heldout, self.device, self.control)
         values |= evaluate_probes(
@@ -691,6 +694,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of this step, unless the newest one already is of this step."""
+        stack_dump.rearm()
         self._check_health(gather_vector(self._finite.double().tolist(), self.control))
         final = self.checkpoints.folder / checkpoint_name(self.state.step)
         if self._saved == self.state.step:
