@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import resource
 import shutil
 
 import numpy as np
@@ -41,6 +42,7 @@ def one_rank(data_dir, tmp_path_factory):
         "foreign branch": (go_on_from_another, data_dir, folder / "foreign branch"),
         "lost": (lose_checkpoints, data_dir, folder / "lost"),
         "died": (die_early, data_dir, folder / "died"),
+        "full": (full_disk, data_dir, folder / "full"),
     }
     for form, settings in SPLIT_FORMS.items():
         jobs[f"split {form}"] = (split_run, data_dir, folder / form, settings)
@@ -593,6 +595,33 @@ def die_early(rank, world_size, data_dir, output_dir):
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(one_rank):
     again, fresh = one_rank["died"]
     assert again == fresh and len(fresh) == 3
+
+
+def full_disk(rank, world_size, data_dir, output_dir):
+    """No file can grow beyond 30 kB while the second of four checkpoints is written."""
+    trainer = make_trainer(
+        data_dir, output_dir / "a", train__max_steps=4, train__save_steps=1, **WEIGHTED
+    )
+    step, free = trainer._step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+        step(*args)
+        if trainer.state.step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, free[1]))
+
+    trainer._step = limited
+    assert trainer.train()
+    found = losses(trainer), digest(full_parameters(trainer))
+    rows = read_metrics(output_dir / "a" / "metrics.jsonl")
+    counts = [r["checkpoint/failed_saves"] for r in rows if "train/loss" in r]
+    straight = run_once(data_dir, output_dir / "b", train__max_steps=4, **WEIGHTED)
+    return found == (straight["losses"], digest(straight["parameters"])), counts
+
+
+def test_a_run_goes_on_as_it_would_have_after_a_save_on_a_full_disk(one_rank):
+    same, counts = one_rank["full"]
+    assert same and counts == [0, 0, 1, 1]
 
 
 def refuse_foreign(rank, world_size, data_dir, output_dir):
