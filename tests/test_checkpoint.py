@@ -1,8 +1,10 @@
 """Checkpoints under damage: what is published is complete, what is loaded has been verified."""
 
 import json
+import logging
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,13 +21,15 @@ from trelm_ds.checkpoint import (
     read_manifest,
 )
 from trelm_ds.distributed import World
-from trelm_ds.errors import CheckpointError
+from trelm_ds.errors import CheckpointError, WriteError
+from trelm_ds.metrics import read_metrics
 
 RUNS = (("zero0", False), ("zero0", True), ("zero1", True), ("zero2", False), ("zero3", False))
 
 
 def write_runs(rank, world_size, data_dir, output_dir):
-    """One run per ZeRO stage with checkpoints of steps 2 and 4; returns the final weights."""
+    """One run per ZeRO stage with checkpoints of steps 2 and 4; returns the final weights, and what
+    became of runs that cannot write."""
     weights = {}
     for name, bf16 in RUNS:
         trainer = make_trainer(
@@ -39,15 +43,75 @@ def write_runs(rank, world_size, data_dir, output_dir):
         trainer.train()
         weights[trainer.output_dir.name] = full_parameters(trainer)
         trainer.engine.destroy()
-    return weights
+    failing = {
+        name: failing_run(rank, data_dir, output_dir / name, **settings)
+        for name, settings in FAILING.items()
+    }
+    return weights, failing
+
+
+TABLES = {"sampling__form": "knowledge_state", "sampling__refresh_steps": 4}
+# What fails, on one rank, at the attempts of these numbers.
+FAILING = {
+    "saves": {"saves": (1, 2, 4), "train__save_steps": 2},
+    "three saves": {"saves": (3, 4, 5), "train__save_steps": 1},
+    "last save": {"saves": (2,), "train__save_steps": 5},
+    "lines": {"lines": (1, 2, 4, 5)},
+    "three lines": {"lines": (3, 4, 5)},
+    "tables": {"tables": (1, 2, 3), **TABLES},
+    "no table": {"tables": (2, 3, 4, 5), **TABLES},
+}
+
+
+def full_at(attempts, function):
+    """``function`` on a disk that is full at the attempts of these numbers."""
+    taken = [0]
+
+    def call(*args):
+        taken[0] += 1
+        if taken[0] in attempts:
+            raise OSError(28, "No space left on device")
+        return function(*args)
+
+    return call
+
+
+def failing_run(rank, data_dir, folder, saves=(), lines=(), tables=(), **settings):
+    """A run of ten steps: how it ends, where, its warnings, checkpoints and lines."""
+    from trelm_ds import knowledge_sampling
+    from trelm_ds import trainer as trainers
+
+    trainer = make_trainer(data_dir, folder, train__max_steps=10, **settings)
+    if rank == 1:
+        trainer.bank.save_shards = full_at(saves, trainer.bank.save_shards)
+    if rank == 0:
+        trainer.log.flush = full_at(lines, trainer.log.flush)
+    if rank == 0 and trainer.sampling is not None:
+        write = trainer.sampling._tables.write
+        trainer.sampling._tables.write = full_at(tables, write)
+    knowledge_sampling.WRITE_WAITS_S = (0.0, 0.0, 0.0)
+    warnings = []
+    trainers.logger.handlers = [SimpleNamespace(level=logging.WARNING, handle=warnings.append)]
+    found, problem = None, None
+    try:
+        found = trainer.train()
+    except WriteError as error:
+        problem = (str(error), error.exit_code, error.everywhere)
+    trainers.logger.handlers = []
+    trainer.engine.destroy()
+    kept = sorted(p.name for p in trainer.checkpoints.folder.glob("*") if p.suffix != ".py")
+    rows = [r for r in read_metrics(folder / "metrics.jsonl") if "train/loss" in r]
+    failed = [(r["step"], r["checkpoint/failed_saves"]) for r in rows]
+    messages = [w.getMessage() for w in warnings]
+    return found, problem, trainer.state.step, messages, kept, failed
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     write_tiny_corpus(folder / "data")
-    weights, _ = run_ranks(write_runs, 2, folder / "data", folder)
-    return folder, weights
+    results = run_ranks(write_runs, 2, folder / "data", folder)
+    return folder, results[0][0], [failing for _, failing in results]
 
 
 @pytest.fixture
@@ -63,7 +127,7 @@ def checkpointer(run_dir) -> Checkpointer:
 
 @pytest.mark.parametrize("name", ["zero0", "zero0-bf16", "zero1-bf16", "zero2", "zero3"])
 def test_the_full_model_is_read_from_any_stage(runs, name):
-    folder, weights = runs
+    folder, weights, _ = runs
     state = load_model_state(folder / name / "checkpoints" / "step_00000004")
     for key, value in weights[name].items():
         assert state[key].dtype == torch.float32
@@ -165,6 +229,24 @@ def test_an_empty_run_folder_has_nothing_to_resume(tmp_path):
         checkpointer(tmp_path).find(str(tmp_path / "step_00000001"))
 
 
+def test_checkpoints_that_are_gone_are_not_begun_anew(run_dir):
+    folder, metrics = run_dir / "checkpoints", run_dir / "metrics.jsonl"
+    for step in folder.glob("step_*"):
+        shutil.rmtree(step)
+    with pytest.raises(CheckpointError) as caught:
+        checkpointer(run_dir).find("latest")
+    assert f"{folder / LATEST} names 'step_00000004' and {metrics} tells of" in str(caught.value)
+    assert "another --output_dir" in str(caught.value) and caught.value.exit_code == 2
+    shutil.rmtree(folder)
+    with metrics.open("a") as file:
+        file.write('{"step": 5, "tra')  # a torn line hides none of the others
+    with pytest.raises(CheckpointError, match="metrics.jsonl tells of one of step 2, but no step_"):
+        checkpointer(run_dir).find("latest")
+    before_the_first = metrics.read_text().splitlines(keepends=True)[:2]
+    metrics.write_text("".join(before_the_first))
+    assert checkpointer(run_dir).find("latest") is None
+
+
 def save_again(rank, world_size, data_dir, output_dir):
     """Leftovers of a killed save at the same step, and a rank that cannot write."""
     trainer = make_trainer(data_dir, output_dir, train__max_steps=2)
@@ -203,7 +285,7 @@ def save_again(rank, world_size, data_dir, output_dir):
         setattr(owner, name, fails)
         try:
             trainer.save()
-        except CheckpointError as error:
+        except WriteError as error:
             problems.append(str(error))
         if intact is None:
             delattr(owner, name)
@@ -227,6 +309,53 @@ def test_leftovers_are_replaced_and_a_failed_save_leaves_the_last_one(runs, tmp_
         assert ["No space" in problem for problem in problems] == [True, True, True, False]
         assert folders == ["step_00000002"]
     assert checkpointer(tmp_path / "run").find("latest").name == "step_00000003"
+
+
+FULL = "OSError: [Errno 28] No space left on device"
+
+
+def test_a_failed_save_on_the_way_is_warned_of_and_counted(runs):
+    for failing in runs[2]:
+        found, problem, step, warnings, kept, failed = failing["saves"]
+        folder = runs[0] / "saves" / "checkpoints"
+        assert (found, problem, step) == (True, None, 10)
+        assert warnings == [
+            f"checkpoint {folder / name} was not written: rank 1: {FULL}; "
+            f"{count} of 3 saves in a row failed, the run goes on"
+            for name, count in (("step_00000002", 1), ("step_00000004", 2), ("step_00000008", 1))
+        ]
+        assert kept == [LATEST, "step_00000006", "step_00000010"]
+        assert failed == list(zip(range(1, 11), [0, 0, 1, 1, 2, 2, 2, 2, 3, 3], strict=True))
+
+
+def test_the_third_failed_save_in_a_row_and_a_failed_last_one_end_the_run(runs):
+    for failing in runs[2]:
+        found, (message, code, everywhere), step, warnings, kept, _ = failing["three saves"]
+        assert message.endswith(f"rank 1: {FULL}; 3 of 3 saves in a row failed")
+        assert (found, code, everywhere, step, len(warnings)) == (None, 1, True, 5, 2)
+        assert kept == [LATEST, "step_00000001", "step_00000002"]
+        found, (message, code, everywhere), step, warnings, kept, _ = failing["last save"]
+        assert "step_00000010 was not written: rank 1" in message and message.endswith(FULL)
+        assert (found, code, everywhere, step, warnings) == (None, 1, True, 10, [])
+        assert kept == [LATEST, "step_00000005"]
+
+
+def test_lines_of_the_metrics_that_cannot_be_written_are_written_later(runs):
+    for failing in runs[2]:
+        found, problem, step, warnings, _, failed = failing["lines"]
+        assert (found, problem, len(warnings)) == (True, None, 4)
+        assert [step for step, _ in failed] == list(range(1, 11))
+        found, (message, code, everywhere), step, warnings, _, failed = failing["three lines"]
+        assert "metrics.jsonl was not written: rank 0: OSError" in message
+        assert (found, code, everywhere, step) == (None, 1, True, 4)  # a line of step 0 came first
+
+
+def test_a_table_of_weights_is_tried_again_before_all_ranks_end(runs):
+    for failing in runs[2]:
+        assert failing["tables"][:4] == (True, None, 10, [])
+        found, (message, code, everywhere), step, *_ = failing["no table"]
+        assert f"sampling was not written: rank 0: {FULL}" in message
+        assert (found, code, everywhere, step) == (None, 1, True, 8)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_passed_over(run_dir, monkeypatch):

@@ -1,5 +1,9 @@
 """Rank and rendezvous from each launcher's variables."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from trelm_ds.distributed import first_host, get_world, timeout
@@ -52,6 +56,18 @@ def test_bad_variables_are_errors():
         get_world({"RANK": "x", "WORLD_SIZE": "2"})
     with pytest.raises(ConfigError, match="not below"):
         get_world({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(("minutes", "said"), [("0.5", "0.5"), ("soon", "ConfigError")])
+def test_deepspeed_is_imported_whatever_the_timeout_is(minutes, said):
+    """It takes whole minutes only, and is imported once in a process."""
+    script = "import os, torch; from trelm_ds.engine import quiet_deepspeed as q; "
+    script += "q(torch.device('cpu')); print(os.environ['DEEPSPEED_TIMEOUT'])"
+    environment = dict(os.environ, DEEPSPEED_TIMEOUT=minutes)
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert said in (result.stdout.split() or result.stderr.splitlines()[-1])
 
 
 def test_the_timeout_is_in_minutes():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 
 import pytest
 import torch
@@ -89,6 +90,23 @@ def test_a_resumed_log_drops_the_steps_it_takes_again(tmp_path):
         file.write('{"step": 4, "tra')  # the process died here
     MetricLog(path, enabled=True, resume_step=2).write(3, {"train/loss": 30.0})
     assert [(r["step"], r["train/loss"]) for r in read_metrics(path)] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_a_line_is_written_whole_or_with_the_next_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path, enabled=True)
+    log.write(1, {"a": 1})
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, hard))  # five bytes of the next
+    try:
+        with pytest.raises(OSError):
+            log.write(2, {"a": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    log.write(3, {"a": 3})
+    assert [(r["step"], r["a"]) for r in read_metrics(path)] == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_only_rank_0_writes(tmp_path):

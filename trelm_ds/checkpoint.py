@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from trelm_ds.distributed import World, barrier, first_problem, gather_objects
-from trelm_ds.errors import CheckpointError, everywhere
+from trelm_ds.distributed import World, barrier, first_problem, gather_objects, write_together
+from trelm_ds.errors import CheckpointError, WriteError, everywhere
 from trelm_ds.files import file_sha256, fsync, write_text
 from trelm_ds.reshard import universal_checkpoint
+from trelm_ds.metrics import read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 LATEST = "LATEST"
 TEMPORARY = "tmp-"
+LAST_STEP = "checkpoint/last_step"  # in the metrics: the step of the newest checkpoint
 
 
 @dataclass
@@ -162,16 +163,16 @@ class Checkpointer:
         Returns:
             The published folder.
         Raises:
-            CheckpointError: a rank failed; nothing was published and the last checkpoint stands.
+            WriteError: a rank failed; nothing was published and the last checkpoint stands.
         """
         name = checkpoint_name(state.step)
         final, temporary = self.folder / name, self.folder / f"{TEMPORARY}{name}"
-        with self._all_or_none(name, temporary):
+        with self._all_or_none(final, temporary):
             if self._world.is_main:
                 for left in self.folder.glob(f"{TEMPORARY}*"):  # of saves that were killed
                     shutil.rmtree(left, ignore_errors=True)
                 (temporary / "bank").mkdir(parents=True)
-        with self._all_or_none(name, temporary):
+        with self._all_or_none(final, temporary):
             with _late_errors(engine):
                 engine.save_checkpoint(str(self.folder), tag=temporary.name, save_latest=False)
             if bank is not None:
@@ -183,34 +184,29 @@ class Checkpointer:
                 if sampling_state is not None:
                     save_file(sampling_state, str(temporary / "sampling.safetensors"))
         listing, hashes = [], {}
-        with self._all_or_none(name, temporary):
+        with self._all_or_none(final, temporary):
             listing = _payload_files(temporary)
         # Of all ranks: a shared file system may show a rank another one's files a moment later.
         names = sorted(set().union(*gather_objects(listing, self._group)))
-        with self._all_or_none(name, temporary):
+        with self._all_or_none(final, temporary):
             hashes = _hash_files(temporary, names[self._world.rank :: self._world.size])
         parts = gather_objects(hashes, self._group)
-        with self._all_or_none(name, temporary):
+        with self._all_or_none(final, temporary):
             if self._world.is_main:
                 self._publish(temporary, final, {k: v for part in parts for k, v in part.items()})
         return final
 
     @contextlib.contextmanager
-    def _all_or_none(self, name: str, temporary: Path):
-        """A part of a save: where it fails on one rank it fails on all, and nothing is left of it.
-
-        A rank that raised alone would leave the others waiting for it in their next collective.
-        """
-        problem = None
+    def _all_or_none(self, final: Path, temporary: Path):
+        """A part of a save: one rank's failure is that of all, and nothing is left of it."""
         try:
-            yield
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError
-            problem = f"{type(error).__name__}: {error}"
-        if problem := first_problem(problem, self._group):
+            with write_together(f"checkpoint {final} was not written", self._group):
+                yield
+        except WriteError:
             if self._world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             barrier(self._group)
-            raise everywhere(CheckpointError(f"checkpoint {name} was not written: {problem}"))
+            raise
 
     def _write_main(self, folder, state, engine, routing_state, extras) -> None:
         save_file(routing_state, str(folder / "routing.safetensors"))
@@ -262,11 +258,22 @@ class Checkpointer:
         Returns:
             Its folder; None for ``latest`` in a run folder that has never saved one.
         Raises:
-            CheckpointError: there are checkpoints but none is intact, or the named one is not.
+            CheckpointError: there are checkpoints but none is intact, or the named one is not; or
+                there were some and all are gone.
         """
         if which == "latest":
-            names = [[str(p) for p in sorted(self.folder.glob("step_*"), reverse=True)]]
-            candidates = [Path(p) for p in gather_objects(names[0], self._group)[0]]
+            names = sorted((str(p) for p in self.folder.glob("step_*")), reverse=True)
+            traces = [] if names else self._traces()
+            names, traces = gather_objects((names, traces), self._group)[0]  # as rank 0 sees it
+            candidates = [Path(name) for name in names]
+            if traces:
+                raise everywhere(
+                    CheckpointError(
+                        f"no checkpoint to resume from: {' and '.join(traces)}, but no step_* "
+                        f"folder is in {self.folder}: bring it back, or start afresh with another "
+                        "--output_dir or after removing what tells of it"
+                    )
+                )
             if not candidates:
                 return None
         else:
@@ -280,6 +287,19 @@ class Checkpointer:
                 return candidate
             problems.append(problem)
         raise CheckpointError("no intact checkpoint to resume from: " + "; ".join(problems))
+
+    def _traces(self) -> list[str]:
+        """What proves that this run has had checkpoints. A run that died before its first one has
+        left a log and metrics all the same: it may start from scratch."""
+        traces = []
+        latest, metrics = self.folder / LATEST, self.folder.parent / "metrics.jsonl"
+        with contextlib.suppress(OSError):
+            traces.append(f"{latest} names {latest.read_text(errors='replace').strip()!r}")
+        with contextlib.suppress(OSError):
+            saved = [r[LAST_STEP] for r in read_lines(metrics) if LAST_STEP in r]
+            if saved:
+                traces.append(f"{metrics} tells of one of step {saved[-1]}")
+        return traces
 
     def _verify(self, folder: Path) -> str | None:
         try:
@@ -339,17 +359,26 @@ class Checkpointer:
         return universal_checkpoint(folder, temporary, engine, self._world, self._group)
 
     def _set_aside_after(self, folder: Path) -> None:
-        """Later checkpoints of this run belong to a branch that is left: ``latest`` must not
-        find them again once this one goes on."""
-        if self._world.is_main and folder.resolve().parent == self.folder.resolve():
-            for later in self.folder.glob("step_*"):
-                if later.name > folder.name:
-                    logger.warning("setting %s aside: the run goes on from %s", later, folder.name)
-                    aside = later.with_name(f"abandoned-{later.name}")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    os.replace(later, aside)
-            write_text(self.folder / LATEST, folder.name + "\n")
-        barrier(self._group)
+        """Later checkpoints here belong to a branch that is left: ``latest`` must not find them
+        again once the run goes on from this one, nor may they take the place of newer ones.
+
+        From another run's checkpoint it goes on beside this run's own of the same step, too.
+        """
+        with write_together(f"{self.folder} cannot be changed", self._group):
+            if not self._world.is_main or not self.folder.is_dir():
+                return
+            own = folder.resolve().parent == self.folder.resolve()
+            kept = []
+            for found in sorted(self.folder.glob("step_*")):
+                if found.name < folder.name or (own and found.name == folder.name):
+                    kept.append(found.name)
+                    continue
+                logger.warning("setting %s aside: the run goes on from %s", found, folder)
+                aside = found.with_name(f"abandoned-{found.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(found, aside)
+            if kept:  # else the old name stays, and tells that there were checkpoints
+                write_text(self.folder / LATEST, kept[-1] + "\n")
 
     def _check_identity(self, folder: Path, document: dict, engine) -> None:
         saved = dict(document.get("identity", {}))

@@ -6,6 +6,7 @@ SLURM's when the process was started by ``srun``, else the job is this one proce
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -14,8 +15,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-from trelm_ds.errors import ConfigError
+from trelm_ds.errors import ConfigError, TrelmError, WriteError, everywhere
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,28 @@ def first_problem(problem: str | None, group=None) -> str | None:
     """The first rank's problem, the same on every rank, so that all go the same way."""
     problems = [f"rank {r}: {p}" for r, p in enumerate(gather_objects(problem, group)) if p]
     return problems[0] if problems else None
+
+
+@contextlib.contextmanager
+def write_together(what: str, group=None):
+    """A block that writes: where it fails on one rank it fails on all. Collective.
+
+    A rank that raised alone would leave the others waiting for it in their next collective.
+
+    Args:
+        what: what the message begins with.
+        group: host-side process group.
+    Raises:
+        WriteError: on all ranks, naming the first that failed and why.
+    """
+    problem = None
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, TrelmError) as error:
+        # RuntimeError: what torch.save raises
+        problem = f"{type(error).__name__}: {error}"
+    if problem := first_problem(problem, group):
+        raise everywhere(WriteError(f"{what}: {problem}"))
 
 
 def barrier(group=None) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import logging
+import math
 import os
 import platform
 import warnings
@@ -183,6 +184,9 @@ def quiet_deepspeed(device: torch.device) -> None:
 
     On a CPU DeepSpeed compiles ``deepspeed_shm_comm`` at every cold start, about a minute, for an
     all-reduce that only its inference code calls. Declaring the operator incompatible skips it.
+
+    Raises:
+        ConfigError: ``DEEPSPEED_TIMEOUT`` is not a number.
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -190,9 +194,14 @@ def quiet_deepspeed(device: torch.device) -> None:
     warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
+    given = os.environ.get("DEEPSPEED_TIMEOUT")
+    if given is not None:  # the import reads it, and fails where the minutes are not whole
+        os.environ["DEEPSPEED_TIMEOUT"] = str(math.ceil(timeout().total_seconds() / 60))
     import deepspeed
     import deepspeed.ops
 
+    if given is not None:
+        os.environ["DEEPSPEED_TIMEOUT"] = given
     log.setLevel(logging.WARNING)  # the import sets it back
     # "Untested": PathAdamW is this project's own, and its tests run under every ZeRO stage.
     log.addFilter(lambda record: "untested optimizer" not in record.getMessage())

@@ -9,7 +9,8 @@ EXIT_STOPPED = 75  # stopped on request, checkpoint written: start again to go o
 
 
 class TrelmError(Exception):
-    """Base of every error whose message is meant for the user; the process exits with 2.
+    """Base of every error whose message is meant for the user; the process exits with 2, or with
+    the class's own code.
 
     Attributes:
         everywhere: whether all ranks of a job raise it alike, so that rank 0 alone says it. None:
@@ -31,6 +32,12 @@ class DataError(TrelmError):
 
 class CheckpointError(TrelmError):
     """A checkpoint is missing, incomplete, corrupt or belongs to a different run."""
+
+
+class WriteError(TrelmError):
+    """A run cannot write what it has to: a full disk is no one's bad input."""
+
+    exit_code = EXIT_FAILED
 
 
 def everywhere(error: TrelmError, value: bool = True) -> TrelmError:

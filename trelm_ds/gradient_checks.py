@@ -11,6 +11,7 @@ what is exchanged between ranks, stays DeepSpeed's.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -21,11 +22,15 @@ def batch_gradient_checks(engine) -> None:
     """Replaces the checks of ``engine``'s optimizer, where it has those known here.
 
     ZeRO 3 checks its flat buffer as a whole, and offloaded optimizers check on the host as
-    gradients arrive: both stay as they are.
+    gradients arrive: both stay as they are. In float32 without ZeRO nothing is checked: there the
+    engine is made to tell the norm of its gradients.
     """
     optimizer = engine.optimizer
     checker = getattr(optimizer, "overflow_checker", None)
-    if checker is not None:  # bf16 without ZeRO
+    if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
+        engine.clip_fp32_gradients = lambda: None  # the hook does, or there is nothing to clip
+        optimizer.register_step_pre_hook(functools.partial(_clip_and_tell, engine))
+    elif checker is not None:  # bf16 without ZeRO
         checker.has_overflow_serial = _any_of_parameters
     # ZeRO 1 with gradients in float32 and weights in bf16 has an optimizer of another kind, too.
     elif engine.zero_optimization_stage() in (1, 2) and not getattr(optimizer, "cpu_offload", True):
@@ -48,6 +53,18 @@ def any_not_finite(gradients: Iterable[Tensor | None], device: torch.device) -> 
     if not given:
         return torch.zeros((), dtype=torch.bool, device=device)
     return gradient_norms(given).isfinite().all().logical_not()
+
+
+def _clip_and_tell(engine, *_) -> None:
+    """DeepSpeed's clipping of float32 gradients without ZeRO, with the norm that it does not keep.
+
+    The norm stays on the device. It is not finite where a gradient is not: the update is made all
+    the same, and whoever asks for the norm learns that the weights are spoilt.
+    """
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    limit = engine.gradient_clipping() or math.inf
+    engine._global_grad_norm = clip_grad_norm_(engine.module.parameters(), limit, mpu=engine.mpu)
 
 
 def _any_of_parameters(parameters: Iterable[torch.nn.Parameter]) -> bool:

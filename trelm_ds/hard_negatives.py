@@ -8,6 +8,7 @@ the step, and a resumed run has the one it would have had.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import multiprocessing
@@ -158,7 +159,8 @@ class HardNegatives:
             oldest = table_path(self._folder, first)
             for path in self._folder.glob("neighbours-*"):
                 if path.name < oldest.name:
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # a table too many does no harm
+                        path.unlink()
         return active
 
     def apply(self, batch: Batch, step: int) -> Batch:

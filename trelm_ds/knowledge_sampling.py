@@ -7,20 +7,24 @@ The tables that a resumed run needs, in use or waiting, travel in the checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from trelm_ds.config import SamplingConfig
 from trelm_ds.data.collate import Batch
 from trelm_ds.data.weights import WeightTables
-from trelm_ds.distributed import World, barrier
+from trelm_ds.distributed import World, write_together
 from trelm_ds.errors import CheckpointError
 from trelm_ds.memory.knowledge_state import KnowledgeState, frequency_bands
 
 _TABLE = "weights_"  # in a checkpoint, then the version
+WRITE_WAITS_S = (0.1, 2.0, 10.0)  # before a failed write of a table is tried again
 
 
 def sampling_weights(value: np.ndarray, config: SamplingConfig) -> np.ndarray:
@@ -62,13 +66,31 @@ class KnowledgeSampling:
         return output_dir / "sampling"
 
     def start(self) -> None:
-        """Leaves the live tables, and nothing else, in the folder. Collective, before loading."""
+        """Leaves the live tables, and nothing else, in the folder. Collective, before loading.
+
+        Raises:
+            WriteError: on all ranks: a table cannot be written.
+        """
         if self._world.is_main:
             # Of an earlier run here, or of steps that this one takes again.
             shutil.rmtree(self._tables.folder, ignore_errors=True)
-            for version, weights in self._live.items():
-                self._tables.write(version, weights)
-        barrier(self._group)
+        self._write(self._live)
+
+    def _write(self, tables: dict[int, np.ndarray]) -> None:
+        """Rank 0 writes tables, others wait. No step can do without the table it draws by."""
+        with write_together(f"{self._tables.folder} was not written", self._group):
+            if self._world.is_main:
+                for version, weights in tables.items():
+                    self._try(version, weights)
+
+    def _try(self, version: int, weights: np.ndarray) -> None:
+        for wait in (*WRITE_WAITS_S, None):
+            try:
+                return self._tables.write(version, weights)
+            except (OSError, SafetensorError):
+                if wait is None:
+                    raise
+                time.sleep(wait)
 
     def stage(self, batch: Batch, probability: torch.Tensor) -> None:
         """Notes what a micro-batch's masked mentions show, ``StepOutput.mention_probability``."""
@@ -80,6 +102,8 @@ class KnowledgeSampling:
         Args:
             applied: whether the step updated the weights.
             step: steps done, this one included.
+        Raises:
+            WriteError: on all ranks: the table cannot be written.
         """
         if applied:
             self.state.commit()
@@ -92,11 +116,12 @@ class KnowledgeSampling:
         self._live[version] = sampling_weights(self.state.value, self._config)
         used = self._tables.version_at(step)
         self._live = {v: weights for v, weights in self._live.items() if v >= used}
+        self._write({version: self._live[version]})
         if self._world.is_main:
-            self._tables.write(version, self._live[version])
             for path in self._tables.folder.glob("weights-*"):
                 if path.name < self._tables.path(used).name:
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # a table too many does no harm
+                        path.unlink()
 
     def metrics(self) -> dict[str, float]:
         """K by frequency band, and the share of the mentioned entities that have an estimate."""

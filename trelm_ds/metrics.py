@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import time
 from collections import defaultdict, deque
 from pathlib import Path
@@ -149,6 +151,7 @@ class MetricLog:
         self._path = Path(path)
         self._enabled = enabled
         self._monitor = monitor
+        self._pending = b""  # lines that could not be written yet
         if enabled and resume_step is not None:
             self._drop_after(resume_step)
 
@@ -156,24 +159,37 @@ class MetricLog:
         """Lines of steps that the resumed run will take again, and a torn last line, go."""
         if not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                continue
-        write_text(self._path, "".join(kept))
+        kept = [row for row in read_lines(self._path) if row.get("step", math.inf) <= step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
+        """Adds a line.
+
+        Raises:
+            OSError: it could not be written; the next call writes it too.
+        """
         if not self._enabled:
             return
-        with self._path.open("a") as file:
-            clean = {k: None if v != v else v for k, v in values.items()}  # NaN is not JSON
-            file.write(json.dumps({"step": step, **clean}) + "\n")
+        clean = {k: None if v != v else v for k, v in values.items()}  # NaN is not JSON
+        self._pending += json.dumps({"step": step, **clean}).encode() + b"\n"
+        self.flush()
         if self._monitor is not None and self._monitor.enabled:
             events = [(k, v, step) for k, v in values.items() if isinstance(v, (int, float))]
             self._monitor.write_events(events)
+
+    def flush(self) -> None:
+        """Writes the lines that could not be written before, whole or not at all."""
+        if not self._pending:
+            return
+        with self._path.open("ab", buffering=0) as file:
+            end, rest = file.tell(), self._pending
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(end)
+                raise
+        self._pending = b""
 
 
 def format_duration(seconds: float) -> str:
@@ -209,6 +225,17 @@ def console_line(step: int, total: int, values: dict, world_size: int, eta_s: fl
     parts.append(f"data {values['data/wait_fraction']:.0%}")
     parts.append(f"eta {format_duration(eta_s)}")
     return " | ".join(parts)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a log that a killed process may have left torn: those that are whole."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
 
 
 def read_metrics(path: str | Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import json
 import logging
@@ -10,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+from trelm_ds import stack_dump
 from trelm_ds.arguments import parse_arguments
 from trelm_ds.config import Config
-from trelm_ds.distributed import World, barrier, gather_objects, get_world
+from trelm_ds.distributed import World, barrier, gather_objects, get_world, write_together
 from trelm_ds.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -33,7 +35,7 @@ DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 2}}
 
 
 def setup_logging(world: World, output_dir: Path | None = None) -> None:
-    """Rank 0 speaks on the console, every rank writes ``logs/rank_N.log``."""
+    """Rank 0 speaks on the console, every rank writes ``logs/rank_N.log``, its stacks too."""
     root = logging.getLogger("trelm_ds")
     if not root.handlers:
         console = logging.StreamHandler(sys.stdout)
@@ -48,6 +50,7 @@ def setup_logging(world: World, output_dir: Path | None = None) -> None:
         file = logging.FileHandler(folder / f"rank_{world.rank}.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         root.addHandler(file)
+        stack_dump.enable(file.stream)
 
 
 def choose_output_dir(config: Config) -> Path:
@@ -183,8 +186,15 @@ def run(argv: list[str], stop) -> int:
     """One training run; returns its exit code.
 
     Raises:
-        TrelmError: bad input, before or while the parts are built.
+        TrelmError: bad input, before or while the parts are built; or what ended the training.
     """
+    try:
+        return _run(argv, stop)
+    finally:
+        stack_dump.disable()  # before its log is closed
+
+
+def _run(argv: list[str], stop) -> int:
     config, args = parse_arguments(argv)
     world = get_world()
     setup_logging(world)
@@ -210,7 +220,8 @@ def run(argv: list[str], stop) -> int:
     engines.init_distributed(world, device)
     _prepare_folders(config, world)
     output = Path(config.train.output_dir)
-    setup_logging(world, output)
+    with write_together(f"{output / 'logs'} cannot be written"):
+        setup_logging(world, output)
     engines.add_tracker(ds_config, config.train.report_to, output)
     from trelm_ds.ops import load_kernels
     from trelm_ds.trainer import Trainer
@@ -221,8 +232,9 @@ def run(argv: list[str], stop) -> int:
     trainer = Trainer(config, ds_config, world, device, stop)
     _warn_of_the_rate(config, trainer.model.hidden_size)
     trainer.resume()
-    if world.is_main:
-        _write_records(config, ds_config)
+    with write_together(f"{output} cannot be written"):
+        if world.is_main:
+            _write_records(config, ds_config)
     if trainer.done:
         logger.info("%s is already complete at step %d", output, trainer.state.step)
         complete = True
@@ -295,6 +307,7 @@ def main(argv: list[str] | None = None) -> int:
 
     stop = StopRequest()
     stop.install()
+    faulthandler.enable()  # a crash of native code says on stderr where it was
     try:
         code = run(sys.argv[1:] if argv is None else argv, stop)
     except (TrelmError, OSError) as error:

@@ -7,17 +7,26 @@ optimizer, the memory bank, the routing state, the ranks' dropout generators and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from trelm_ds import engine as engines
-from trelm_ds.checkpoint import Checkpointer, TrainState, checkpoint_name, load_model_state
+from trelm_ds import stack_dump
+from trelm_ds.checkpoint import (
+    LAST_STEP,
+    Checkpointer,
+    TrainState,
+    checkpoint_name,
+    load_model_state,
+)
 from trelm_ds.compact_gradients import CompactGradients
 from trelm_ds.config import Config
 from trelm_ds.data.loader import StepLoader, heldout_batches
@@ -25,14 +34,14 @@ from trelm_ds.data.shards import load_manifest
 from trelm_ds.data.weights import WeightTables
 from trelm_ds.distributed import (
     World,
-    barrier,
     cpu_group,
     first_problem,
     gather_vector,
     new_group,
+    write_together,
 )
 from trelm_ds.engine import gathered
-from trelm_ds.errors import DataError, everywhere
+from trelm_ds.errors import DataError, WriteError, everywhere
 from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
 from trelm_ds.export import export_model, last_evaluation
 from trelm_ds.hard_negatives import HardNegatives
@@ -76,6 +85,7 @@ FREE_ON_RESUME = {
     *("train.per_device_train_batch_size", "train.gradient_accumulation_steps"),
 }
 MAX_SKIPPED_IN_A_ROW = 5  # non-finite steps before the run gives up
+MAX_FAILED_WRITES = 3  # in a row, of one kind, before the run gives up
 
 
 class TrainingError(Exception):
@@ -135,10 +145,12 @@ class Trainer:
         self.state = TrainState()
         self.control = cpu_group()
         self._skipped_in_a_row = 0
-        # Whether the last step's losses and gradients were finite; read a step later, so that a
-        # GPU is not waited for in between.
-        self._finite: bool | torch.Tensor = True
+        # Whether the last step's losses and its gradients were finite, bool [2]; read a step later
+        # so that a GPU is not waited for in between.
+        self._finite = torch.ones(2, dtype=torch.bool)
         self._saved: int | None = None  # step of the newest checkpoint of this process
+        self._failed_saves = 0
+        self._failed_writes: Counter[str] = Counter()  # in a row, of each kind
         self._evaluated: int | None = None  # step of the newest evaluation
         self._truncated = False  # whether a step has been
 
@@ -326,12 +338,14 @@ class Trainer:
             self.hard_negatives.resume(self.state.step)
         if self.sampling is not None:
             self.sampling.start()
-        self.log = MetricLog(
-            self.output_dir / "metrics.jsonl",
-            self.world.is_main,
-            resume_step=self.state.step if found else -1,  # a start from scratch keeps no line
-            monitor=getattr(self.engine, "monitor", None),
-        )
+        metrics = self.output_dir / "metrics.jsonl"
+        with write_together(f"{metrics} was not written", self.control):
+            self.log = MetricLog(
+                metrics,
+                self.world.is_main,
+                resume_step=self.state.step if found else -1,  # a start from scratch keeps no line
+                monitor=getattr(self.engine, "monitor", None),
+            )
 
     def _warn_of_another_split(self, checkpoint: Path) -> None:
         """Losses are global means, the same for any split of the global batch, but for these."""
@@ -371,6 +385,8 @@ class Trainer:
         Raises:
             DataError: on all ranks, after the same checkpoint: one of them cannot read its batch,
                 or one sample more than ``data.max_damaged_samples`` is damaged.
+            WriteError: on all ranks: the last checkpoint cannot be written, or one on the way or
+                the metrics could not be for the third time in a row.
         """
         train = self.config.train
         self._interval = Interval(self.device, self.world.size)
@@ -380,6 +396,7 @@ class Trainer:
         plan, stopped, damage = None, False, None
         while self.state.step < train.max_steps:
             started = time.perf_counter()
+            stack_dump.rearm()
             self._interval.watch.start("data")
             try:
                 micro_batches = next(batches)
@@ -407,7 +424,8 @@ class Trainer:
             if train.eval_steps and step % train.eval_steps == 0:
                 self.evaluate()
             if train.save_steps and step % train.save_steps == 0 and not last:
-                self.save()
+                with self._may_fail("saves"):
+                    self.save()
         batches.close()
         if self._interval.steps:
             self._log_interval(plan)
@@ -434,13 +452,13 @@ class Trainer:
             float(len(self.loader.damaged)),
             float(self.stop.requested or not micro_batches),
             self.state.clock_s,
-            float(self._finite),
+            *self._finite.double().tolist(),
         ]
         table = gather_vector(row, self.control)
-        stop, clock, healthy = table[:, -3:].T
-        self._check_health(healthy)
+        stop, clock = table[:, -4:-2].T
+        self._check_health(table[:, -2:])
         self.state.clock_s = float(clock.max())
-        sums = table[:, :-3].sum(0).tolist()
+        sums = table[:, :-4].sum(0).tolist()
         masked, objects, decoded, entities, tokens, sequences, damaged = sums
         train, state = self.config.train, self.state
         progress = state.step / train.max_steps
@@ -472,15 +490,20 @@ class Trainer:
         return plan, bool(stop.max())
 
     def _check_health(self, finite: torch.Tensor) -> None:
-        """Acts on the last step's losses: a non-finite one was skipped, or has poisoned ZeRO 0.
+        """Acts on the last step's losses and gradients: where they were not finite the step was
+        skipped, or has poisoned ZeRO 0.
 
+        Args:
+            finite: [ranks, 2], each rank's ``_finite``.
         Raises:
             TrainingError: the weights are spoilt, or too many steps in a row were skipped.
         """
-        bad = [rank for rank, ok in enumerate(finite.tolist()) if not ok]
-        if not bad:
+        if finite.all():
             return
-        where = f"step {self.state.step}: the loss was not finite on rank(s) {bad}"
+        # Gradients are judged when they are the mean of all ranks': a loss alone names its rank.
+        bad = [rank for rank, ok in enumerate(finite[:, 0].tolist()) if not ok]
+        what = f"the loss was not finite on rank(s) {bad}" if bad else "a gradient was not finite"
+        where = f"step {self.state.step}: {what}"
         if self.engine.was_step_applied():
             raise TrainingError(
                 f"{where} and the update was applied; resume from the last checkpoint"
@@ -547,15 +570,14 @@ class Trainer:
 
     def _finish_step(self, plan: StepPlan, finite: torch.Tensor) -> None:
         """Commits the memory and the paths of an applied step, drops those of a skipped one."""
-        self._grad_norm = self.engine.get_global_grad_norm()
-        if self._grad_norm is not None:
-            # DeepSpeed gives a number or a tensor; a number is not sent to the device and back.
-            norm = self._grad_norm
-            finite = finite & (
-                norm.isfinite() if isinstance(norm, torch.Tensor) else math.isfinite(norm)
-            )
-        self._finite = finite
         applied = self.engine.was_step_applied()
+        self._grad_norm = norm = self.engine.get_global_grad_norm()
+        # DeepSpeed gives a number or a tensor; a number is not sent to the device and back.
+        if isinstance(norm, torch.Tensor):
+            whole = norm.isfinite().reshape(()).to(finite.device) & applied
+        else:
+            whole = torch.full_like(finite, applied and (norm is None or math.isfinite(norm)))
+        self._finite = torch.stack([finite, whole])
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         self.state.applied_steps += int(applied)
         self.state.tokens_seen += plan.tokens
@@ -580,6 +602,34 @@ class Trainer:
 
     # -- what a run tells -----------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _may_fail(self, what: str):
+        """A write that the run can do without, though not for ever; on all ranks alike.
+
+        Raises:
+            WriteError: it failed for the third time in a row.
+        """
+        try:
+            yield
+        except WriteError as error:
+            self._failed_writes[what] += 1
+            if what == "saves":
+                self._failed_saves += 1
+            count = f"{self._failed_writes[what]} of {MAX_FAILED_WRITES} {what} in a row failed"
+            if self._failed_writes[what] == MAX_FAILED_WRITES:
+                raise everywhere(WriteError(f"{error}; {count}")) from None
+            logger.warning("%s; %s, the run goes on", error, count)
+        else:
+            self._failed_writes[what] = 0
+
+    def _write_metrics(self, values: dict) -> None:
+        path = self.output_dir / "metrics.jsonl"
+        with (
+            self._may_fail("writes of metrics"),
+            write_together(f"{path} was not written", self.control),
+        ):
+            self.log.write(self.state.step, {"time_s": self.state.clock_s, **values})
+
     def _log_interval(self, plan: StepPlan) -> None:
         interval = self._interval
         values = interval.metrics(self.model.backbone.config, self.control)
@@ -590,6 +640,9 @@ class Trainer:
         values["train/tokens_seen"] = self.state.tokens_seen
         values["data/quarantined_total"] = self.state.quarantined
         values["train/skipped_steps"] = self.state.step - self.state.applied_steps
+        values["checkpoint/failed_saves"] = self._failed_saves
+        if self._saved is not None:
+            values[LAST_STEP] = self._saved
         if self.bank is not None:
             values["bank/entities"] = self.bank.visited()  # collective
             values["bank/lambda"] = plan.memory_weight
@@ -607,12 +660,13 @@ class Trainer:
                 self.state.step, self.config.train.max_steps, values, self.world.size, max(0.0, eta)
             )
         )
-        self.log.write(self.state.step, {"time_s": self.state.clock_s, **values})
+        self._write_metrics(values)
         interval.reset()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Held-out MLM loss and probe P@1, without injection and with lambda = 0."""
+        stack_dump.rearm()
         self.model.eval()
         values = evaluate_heldout(self.engine.module, self.heldout, self.device, self.control)
         values |= evaluate_probes(
@@ -625,7 +679,7 @@ class Trainer:
         )
         self.model.train()
         self._evaluated = self.state.step
-        self.log.write(self.state.step, {"time_s": self.state.clock_s, **values})
+        self._write_metrics(values)
         logger.info(
             "eval at step %d | %s",
             self.state.step,
@@ -640,8 +694,8 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of this step, unless the newest one already is of this step."""
-        table = gather_vector([float(self._finite)], self.control)
-        self._check_health(table[:, 0])
+        stack_dump.rearm()
+        self._check_health(gather_vector(self._finite.double().tolist(), self.control))
         final = self.checkpoints.folder / checkpoint_name(self.state.step)
         if self._saved == self.state.step:
             return final
@@ -662,9 +716,18 @@ class Trainer:
         return path
 
     def finish(self) -> None:
-        """Exports the last checkpoint as a Hugging Face folder and draws the curves."""
+        """Exports the last checkpoint as a Hugging Face folder and draws the curves.
+
+        Raises:
+            WriteError: on all ranks: rank 0 could not.
+        """
+        with write_together(f"{self.output_dir} could not be completed", self.control):
+            self._write_results()
+
+    def _write_results(self) -> None:
         checkpoint = self.checkpoints.folder / checkpoint_name(self.state.step)
         if self.world.is_main:
+            self.log.flush()
             plot_curves(
                 self.output_dir / "metrics.jsonl",
                 self.output_dir / "curves.png",
@@ -678,4 +741,3 @@ class Trainer:
                     metrics=last_evaluation(self.output_dir / "metrics.jsonl", self.state.step),
                     overwrite=True,
                 )
-        barrier(self.control)

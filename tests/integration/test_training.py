@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import resource
 import shutil
 
 import numpy as np
@@ -38,6 +39,10 @@ def one_rank(data_dir, tmp_path_factory):
         "methods": (all_methods, data_dir, folder / "methods"),
         "foreign": (refuse_foreign, data_dir, folder / "foreign"),
         "branch": (go_back, data_dir, folder / "branch"),
+        "foreign branch": (go_on_from_another, data_dir, folder / "foreign branch"),
+        "lost": (lose_checkpoints, data_dir, folder / "lost"),
+        "died": (die_early, data_dir, folder / "died"),
+        "full": (full_disk, data_dir, folder / "full"),
     }
     for form, settings in SPLIT_FORMS.items():
         jobs[f"split {form}"] = (split_run, data_dir, folder / form, settings)
@@ -499,6 +504,124 @@ def go_back(rank, world_size, data_dir, output_dir):
 
 def test_the_branch_a_run_has_left_is_set_aside(one_rank):
     assert one_rank["branch"] == ("step_00000002", "step_00000002")
+
+
+class Died(Exception):
+    pass
+
+
+def die_after(trainer, steps):
+    """Ends the run without a word where the next step would begin."""
+    step = trainer._step
+
+    def dying(*args):
+        if trainer.state.step == steps:
+            raise Died
+        step(*args)
+
+    trainer._step = dying
+    with pytest.raises(Died):
+        trainer.train()
+    trainer.engine.destroy()
+
+
+def go_on_from_another(rank, world_size, data_dir, output_dir):
+    """A run's folder goes on from another run's checkpoint, older than its own newest ones."""
+    settings = {"train__max_steps": 6, "train__save_steps": 1}
+    make_trainer(data_dir, output_dir / "a", train__save_total_limit=4, **settings).train()
+    folder, other = output_dir / "a" / "checkpoints", output_dir / "b" / "checkpoints"
+    shutil.copytree(folder / "step_00000004", other / "step_00000004")
+    settings |= {"train__save_total_limit": 2}
+    which = str(other / "step_00000004")
+    found = []
+
+    def note():
+        names = sorted(p.name for p in folder.glob("*step_*"))
+        found.append((names, (folder / "LATEST").read_text().strip()))
+
+    trainer = make_trainer(
+        data_dir, output_dir / "a", train__resume_from_checkpoint=which, **settings
+    )
+    note()
+    die_after(trainer, 5)
+    note()
+    trainer = make_trainer(
+        data_dir, output_dir / "a", train__resume_from_checkpoint="latest", **settings
+    )
+    found.append(trainer.state.step)
+    trainer.train()
+    note()
+    return found
+
+
+def test_checkpoints_later_than_another_run_s_are_set_aside(one_rank):
+    resumed, died, went_on_from, ended = one_rank["foreign branch"]
+    aside = [f"abandoned-step_{step:08d}" for step in (4, 5, 6)]
+    assert resumed == ([*aside, "step_00000003"], "step_00000003")
+    assert died == ([*aside, "step_00000003", "step_00000005"], "step_00000005")
+    assert went_on_from == 5
+    assert ended == ([*aside, "step_00000005", "step_00000006"], "step_00000006")
+
+
+def files_of(folder):
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+def lose_checkpoints(rank, world_size, data_dir, output_dir):
+    from trelm_ds.errors import CheckpointError
+
+    settings = {"train__max_steps": 4, "train__save_steps": 2, **WEIGHTED}
+    make_trainer(data_dir, output_dir, **settings).train()
+    shutil.rmtree(output_dir / "checkpoints" / "step_00000002")
+    shutil.rmtree(output_dir / "checkpoints" / "step_00000004")
+    before = files_of(output_dir)
+    with pytest.raises(CheckpointError, match="LATEST names 'step_00000004'"):
+        make_trainer(data_dir, output_dir, train__resume_from_checkpoint="latest", **settings)
+    return len(before), files_of(output_dir) == before
+
+
+def test_a_run_whose_checkpoints_are_gone_is_left_as_it_is(one_rank):
+    files, unchanged = one_rank["lost"]
+    assert files > 3 and unchanged  # metrics, tables of weights, LATEST
+
+
+def die_early(rank, world_size, data_dir, output_dir):
+    settings = {"train__max_steps": 3}
+    die_after(make_trainer(data_dir, output_dir / "a", **settings), 2)
+    settings["train__resume_from_checkpoint"] = "latest"
+    return [run_once(data_dir, output_dir / name, **settings)["losses"] for name in ("a", "fresh")]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(one_rank):
+    again, fresh = one_rank["died"]
+    assert again == fresh and len(fresh) == 3
+
+
+def full_disk(rank, world_size, data_dir, output_dir):
+    """No file can grow beyond 30 kB while the second of four checkpoints is written."""
+    trainer = make_trainer(
+        data_dir, output_dir / "a", train__max_steps=4, train__save_steps=1, **WEIGHTED
+    )
+    step, free = trainer._step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+        step(*args)
+        if trainer.state.step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, free[1]))
+
+    trainer._step = limited
+    assert trainer.train()
+    found = losses(trainer), digest(full_parameters(trainer))
+    rows = read_metrics(output_dir / "a" / "metrics.jsonl")
+    counts = [r["checkpoint/failed_saves"] for r in rows if "train/loss" in r]
+    straight = run_once(data_dir, output_dir / "b", train__max_steps=4, **WEIGHTED)
+    return found == (straight["losses"], digest(straight["parameters"])), counts
+
+
+def test_a_run_goes_on_as_it_would_have_after_a_save_on_a_full_disk(one_rank):
+    same, counts = one_rank["full"]
+    assert same and counts == [0, 0, 1, 1]
 
 
 def refuse_foreign(rank, world_size, data_dir, output_dir):
