@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from trelm_ds.distributed import World, barrier, first_problem, gather_objects, write_together
 from trelm_ds.errors import CheckpointError, WriteError, everywhere
 from trelm_ds.files import file_sha256, fsync, write_text
-from trelm_ds.reshard import universal_checkpoint
 from trelm_ds.metrics import read_lines
+from trelm_ds.reshard import universal_checkpoint
 
 logger = logging.getLogger(__name__)
 

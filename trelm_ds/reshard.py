@@ -14,8 +14,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from trelm_ds.distributed import World, barrier, first_problem
 from trelm_ds.errors import CheckpointError, everywhere
 

@@ -363,8 +363,8 @@ class Trainer:
         key = "per_device_train_batch_size"
         if reasons and saved[key] != getattr(config.train, key) and self.world.is_main:
             logger.warning(
-                "%s differs from the checkpoint's: %s are taken from a micro-batch, so the run does "
-                "not go on as it would have",
+                "%s differs from the checkpoint's: %s are taken from a micro-batch, so the run "
+                "does not go on as it would have",
                 key,
                 " and ".join(reasons),
             )

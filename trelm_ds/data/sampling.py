@@ -2,8 +2,8 @@
 
 A mention is *selected* when it passes ``injection.selection`` and the cap of K per 128 tokens.
 Selected mentions and long-tail words are what matters to a batch. Each of them is *injected* with
-probability ``injection.probability``, a mention decoded whatever that draw says. What is injected is
-never a target of the MLM: at probability 1 a long-tail word is never predicted at all. With
+probability ``injection.probability``, a mention decoded whatever that draw says. What is injected
+is never a target of the MLM: at probability 1 a long-tail word is never predicted at all. With
 ``decoding.mentions: all`` every other mention that has a triple is decoded too, never injected; its
 memory is kept like that of any mention of the batch. All draws depend on (seed, sample, span
 number, epoch), so every method sees the same triple at the same place.
