@@ -41,7 +41,7 @@ def test_a_builder_that_hangs_is_given_up(tmp_path, caplog, monkeypatch):
     config = build_config({"decoding.hard_negatives": 3})
     world = World(0, 1, 0, "none")
     hard = HardNegatives(config, None, graph, tables, tmp_path / "n", world, None, lambda: 0)
-    monkeypatch.setattr("trelm_ds.hard_negatives.BUILD_WAIT_S", 0.1)
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "0.005")  # 0.3 s: well below what is waited else
     hard._process = process = multiprocessing.get_context("spawn").Process(
         target=time.sleep, args=(600,), daemon=True
     )

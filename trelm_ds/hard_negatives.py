@@ -24,7 +24,7 @@ from trelm_ds.config import Config
 from trelm_ds.data.candidates import EntityCandidates
 from trelm_ds.data.collate import Batch
 from trelm_ds.data.rng import HARD_NEGATIVES, generator
-from trelm_ds.distributed import World, barrier, first_problem, gather_objects
+from trelm_ds.distributed import World, barrier, first_problem, gather_objects, timeout
 from trelm_ds.errors import TrelmError
 from trelm_ds.memory.bank import MemoryBank
 from trelm_ds.memory.index import NeighbourTable, build_table, hard_negative_tokens, table_path
@@ -143,7 +143,8 @@ class HardNegatives:
 
     def _activate(self, version: int) -> bool:
         if self._process is not None:
-            self._process.join(BUILD_WAIT_S)
+            # The other ranks wait in the barrier below, and not longer than a collective does.
+            self._process.join(min(BUILD_WAIT_S, timeout().total_seconds() / 2))
             if self._process.is_alive():  # stuck on its disk: the ranks wait for rank 0 meanwhile
                 logger.warning("hard negatives: version %d is given up, not built in time", version)
                 self._process.kill()
