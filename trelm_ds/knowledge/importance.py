@@ -278,7 +278,8 @@ def _score_parts(
             return None
         for part in range(count) if folder is not None and folder.is_dir() else ():
             if (path := _part_path(folder, part)).exists():
-                scores[part] = load_array(path, "float32", (None,))
+                # A copy: a mapped file would keep its folder from going on a network file system.
+                scores[part] = np.array(load_array(path, "float32", (None,)))
         return sorted(scores)
 
     def score(todo: list[int]) -> np.ndarray | None:
