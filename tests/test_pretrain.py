@@ -7,7 +7,7 @@ import torch
 
 from trelm_ds import engine, pretrain
 from trelm_ds.config import build_config
-from trelm_ds.distributed import World
+from trelm_ds.distributed import World, report_once
 from trelm_ds.errors import ConfigError, DataError, everywhere
 from trelm_ds.trainer import Trainer
 
@@ -61,10 +61,10 @@ def test_ranks_have_the_same_operators(monkeypatch, loaded, refused):
 def test_an_error_is_said_once_and_by_a_rank_that_has_it(monkeypatch, capsys, error, met, said):
     monkeypatch.setattr("trelm_ds.distributed.is_initialised", lambda: met)
     monkeypatch.setenv("RANK", "1")
-    pretrain._report(error)
+    report_once(error)
     assert capsys.readouterr().err.strip() == said
     monkeypatch.setenv("RANK", "0")
-    pretrain._report(error)
+    report_once(error)
     assert capsys.readouterr().err.strip() == "error: " + " ".join(str(error).split())
 
 

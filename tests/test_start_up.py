@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
+from model.model_batches import make_config
 from multiprocess import run_ranks
-from tiny_corpus import write_tiny_corpus
+from tiny_corpus import PAD, write_tiny_corpus
 
 import trelm_ds.pretrain as pretrain
 from trelm_ds.config import load_config
@@ -11,7 +13,8 @@ from trelm_ds.data.shards import load_manifest
 from trelm_ds.distributed import World, cpu_group
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.knowledge.graph import save_array
-from trelm_ds.start_up import check_knowledge
+from trelm_ds.model import MaskedLanguageModel, build_backbone
+from trelm_ds.start_up import check_knowledge, ensure_importance
 
 ALONE = World(0, 1, 0, "none")
 
@@ -65,6 +68,28 @@ def test_machines_with_other_tables_stop_on_every_rank(tmp_path):
     (same, other), theirs = run_ranks(two_machines, 2, [[a, a], [b, c]])
     assert len(same) == 64 and "not the same on every machine" in other
     assert theirs == [same, other.replace(str(a), str(c))]
+
+
+def score_two_machines(rank, world_size, folders):
+    folder, world = folders[rank], World(rank, world_size, 0, "launcher")
+    manifest, config = load_manifest(folder), make_config()
+    torch.manual_seed(0)
+    vocab_size = manifest["tokenizer"]["vocab_size"]
+    model = MaskedLanguageModel(build_backbone(config, vocab_size, PAD))
+    group = cpu_group()
+    ensure_importance(model, config, folder, manifest, world, group)
+    return check_knowledge(folder, manifest, world, group)
+
+
+def test_machines_with_copies_of_the_folder_score_it_for_all(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        write_tiny_corpus(folder)
+    before = check(folders[0])
+    one, two = run_ranks(score_two_machines, 2, folders)
+    assert one == two != before  # the tables of both, and both are scored
+    assert all((folder / "tables" / "importance.json").exists() for folder in folders)
+    assert not any(list((folder / "tables").glob(".*")) for folder in folders)
 
 
 def test_one_job_at_a_time_has_a_run_folder(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from trelm_ds.errors import ConfigError, TrelmError, WriteError, everywhere
+from trelm_ds.errors import ConfigError, DataError, TrelmError, WriteError, everywhere, report
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+ALONE = World(0, 1, 0, "none")
 
 
 def first_host(nodelist: str) -> str:
@@ -96,6 +100,11 @@ def is_initialised() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def has_peers() -> bool:
+    """Whether this process has met others in its job."""
+    return is_initialised() and dist.get_world_size() > 1
+
+
 DEFAULT_TIMEOUT_MINUTES = 30  # a rank that stops answering ends the job after this
 
 
@@ -122,7 +131,7 @@ def new_group(backend: str | None = None):
 
     With this module's timeout: a new group has its backend's default otherwise, not the job's.
     """
-    if not is_initialised() or dist.get_world_size() == 1:
+    if not has_peers():
         return None
     return dist.new_group(backend=backend, timeout=timeout())
 
@@ -135,7 +144,7 @@ def cpu_group():
 def gather_vector(values: list[float], group=None) -> torch.Tensor:
     """Every rank's ``values`` as float64 [world, len(values)]; one small host collective."""
     mine = torch.tensor(values, dtype=torch.float64)
-    if not is_initialised() or dist.get_world_size() == 1:
+    if not has_peers():
         return mine[None]
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine, group=group)
@@ -144,7 +153,7 @@ def gather_vector(values: list[float], group=None) -> torch.Tensor:
 
 def gather_objects(value, group=None) -> list:
     """``value`` of every rank, in rank order (small, JSON-like objects only)."""
-    if not is_initialised() or dist.get_world_size() == 1:
+    if not has_peers():
         return [value]
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
@@ -179,6 +188,33 @@ def write_together(what: str, group=None):
         raise everywhere(WriteError(f"{what}: {problem}"))
 
 
+def together(work: Callable[[], object], group=None) -> list:
+    """What ``work()`` returns on every rank, in rank order (as ``gather_objects``).
+
+    Raises:
+        DataError: on all ranks alike, where the data or the file system fails one of them.
+    """
+    value, problem = None, None
+    try:
+        value = work()
+    except (DataError, OSError) as error:
+        if not has_peers():
+            raise
+        problem = str(error)
+    if problem := first_problem(problem, group):
+        raise everywhere(DataError(problem))
+    return gather_objects(value, group)
+
+
+def report_once(error: Exception) -> None:
+    """One line on stderr, of rank 0 alone where all ranks fail alike (``TrelmError``)."""
+    rank, alike = os.environ.get("RANK", "0"), getattr(error, "everywhere", None)
+    if rank == "0":
+        report(error)
+    elif not (not is_initialised() if alike is None else alike):
+        report(error, f"error on rank {rank}")
+
+
 def barrier(group=None) -> None:
-    if is_initialised() and dist.get_world_size() > 1:
+    if has_peers():
         dist.barrier(group=group)

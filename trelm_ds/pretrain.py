@@ -14,7 +14,14 @@ from pathlib import Path
 from trelm_ds import stack_dump
 from trelm_ds.arguments import parse_arguments
 from trelm_ds.config import Config
-from trelm_ds.distributed import World, barrier, gather_objects, get_world, write_together
+from trelm_ds.distributed import (
+    World,
+    barrier,
+    gather_objects,
+    get_world,
+    report_once,
+    write_together,
+)
 from trelm_ds.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -23,7 +30,6 @@ from trelm_ds.errors import (
     DataError,
     TrelmError,
     everywhere,
-    report,
 )
 
 logger = logging.getLogger(__name__)
@@ -289,18 +295,6 @@ def _print_summary(output: Path, trainer) -> None:
     logger.info("  plot            %s", output / "curves.png")
 
 
-def _report(error: Exception) -> None:
-    """One line on stderr, of rank 0 alone where all ranks fail alike (``TrelmError``)."""
-    from trelm_ds.distributed import is_initialised
-
-    rank, alike = os.environ.get("RANK", "0"), getattr(error, "everywhere", None)
-    if rank == "0":
-        report(error)
-    elif not (not is_initialised() if alike is None else alike):
-        report(error, f"error on rank {rank}")
-    logger.debug("traceback", exc_info=error)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point: signals first, one line per user error, then the exit code."""
     from trelm_ds.stopping import StopRequest
@@ -311,7 +305,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = run(sys.argv[1:] if argv is None else argv, stop)
     except (TrelmError, OSError) as error:
-        _report(error)
+        report_once(error)
+        logger.debug("traceback", exc_info=error)
         code = getattr(error, "exit_code", EXIT_FAILED)
     except Exception:
         logger.exception("rank %s failed", os.environ.get("RANK", "0"))

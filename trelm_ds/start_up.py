@@ -37,9 +37,7 @@ def ensure_importance(model, config: Config, data_dir: Path, manifest: dict, wor
 
     logger.info("scoring %d mentions with the initial model (Eq. 1), once", spans)
     # A run that began at the same time may be done first, and trains by its scores already.
-    score_importance(
-        model, data_dir, rank=world.rank, world_size=world.size, group=group, keep=True
-    )
+    score_importance(model, data_dir, world=world, group=group, keep=True)
 
 
 def check_knowledge(data_dir: Path, manifest: dict, world, group) -> str:

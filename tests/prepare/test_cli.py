@@ -51,6 +51,7 @@ def run(main, argv, capsys):
         (["verify", "--output", "OUT"], "not found"),
         (["embed", "--output", "OUT"], "not found"),
         (["score", "--output", "OUT"], "--model --random_init is required"),
+        (["score", "--output", "OUT", "--random_init", "--batch_tokens", "0"], "at least 1"),
     ],
 )
 def test_every_user_error_is_one_line_and_exit_code_2(tmp_path, capsys, argv, message):
@@ -90,6 +91,21 @@ def test_score_step_writes_the_importance_of_entity_spans(prepared, capsys):
     first = np.array(importance)
     assert run(cli.main, argv, capsys)[0] == 0
     np.testing.assert_array_equal(KnowledgeTables.load(prepared).importance, first)
+
+
+def test_ranks_of_torchrun_score_together(prepared, repo, capsys):
+    argv = ["score", "--output", str(prepared), "--random_init", "--batch_tokens", "512"]
+    assert run(cli.main, argv, capsys)[0] == 0
+    scores = prepared / "tables" / "importance.npy"
+    alone = scores.read_bytes()
+    scores.unlink()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc_per_node", "2", "launch/prepare.py", *argv]
+    result = subprocess.run(command, cwd=repo, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n") == 1 and "scored 118 spans" in result.stdout
+    assert scores.read_bytes() == alone
+    assert not list(scores.parent.glob(".*"))
 
 
 def test_score_step_takes_a_local_model_of_the_same_vocabulary(prepared, tmp_path, capsys):

@@ -4,12 +4,14 @@ import bz2
 import gzip
 import html
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from prepare.corpora import CITIES, trex_fact, write_lines, write_own_graph, write_trex
 
 from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.prepare.entities import Mentioned, index_graph
 from trelm_ds.prepare.ernie import read_ernie
 from trelm_ds.prepare.graphs import read_graph
 from trelm_ds.prepare.jsonl import read_jsonl
@@ -186,6 +188,57 @@ def test_rebel_mends_shifted_mentions_and_skips_what_is_no_entity(tmp_path):
         "mention_literal": 1,
         "triple_literal": 1,
     }
+
+
+def test_rebel_names_come_from_the_graph_then_titles_then_texts(tmp_path):
+    """A text may call an entity by another word first; what is decoded is its name."""
+
+    def record(docid, page, title, text, *mentions):
+        entities = [
+            {"uri": e, "boundaries": [text.index(s), text.index(s) + len(s)], "surfaceform": s}
+            for s, e in mentions
+        ]
+        ends = ({"uri": e, "surfaceform": s} for s, e in mentions[:2])
+        triple = dict(zip(("subject", "object"), ends, strict=True))
+        triple["predicate"] = {"uri": "P17", "surfaceform": "country"}
+        keys = {"docid": docid, "uri": page, "title": title, "text": text}
+        return keys | {"entities": entities, "triples": [triple]}
+
+    jan, dutch, hague = ("Jan", "Q7"), ("Dutch", "Q55"), ("Hague", "Q36600")
+    rows = [
+        record("1", "Q7", "Jan Steen", "Jan was a Dutch man of the Hague.", jan, dutch, hague),
+        record("2", "Q55", "Netherlands (country)", "Dutch land, French.", dutch, ("French", "Q9")),
+    ]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+
+    def names(known):
+        corpus = read_rebel([path], ReaderOptions(graph=known))
+        documents = list(corpus.documents)
+        mentioned = {e: Mentioned(d.text[s:t], d.doc, 1) for d in documents for s, t, e in d.spans}
+        whole = RawGraph()
+        whole.merge(corpus.graph)  # as a mixture of corpora does
+        whole.merge(known)
+        indexed = index_graph(whole, mentioned, [], False, Counter())
+        aliases = {name for name, i in indexed.aliases if i == indexed.index["Q55"]}
+        return {entity: name for entity, name, _ in indexed.entities}, aliases
+
+    own = {"Q7": "Jan Steen", "Q55": "Netherlands", "Q36600": "Hague", "Q9": "French"}
+    assert names(RawGraph()) == (own, {"Netherlands", "Dutch"})
+    graph = RawGraph()
+    graph.name_entity("Q55", "Kingdom of the Netherlands")
+    graph.name_entity("Q36600", "The Hague")
+    assert names(graph) == (
+        own | {"Q55": "Kingdom of the Netherlands", "Q36600": "The Hague"},
+        {"Kingdom of the Netherlands", "Netherlands", "Dutch"},
+    )
+
+
+def test_an_end_of_a_triple_that_no_text_links_is_named_by_its_alias():
+    graph = RawGraph(triples=[("Q1", "P1", "Q2")])
+    graph.name_entity("Q1", "one")
+    graph.add_alias("Q2", "two")
+    indexed = index_graph(graph, {"Q1": Mentioned("one", "a", 1)}, [], False, Counter())
+    assert [row[:2] for row in indexed.entities] == [("Q1", "one"), ("Q2", "two")]
 
 
 # --- ernie --------------------------------------------------------------------------------------

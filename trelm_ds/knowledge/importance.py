@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +16,20 @@ import torch
 
 from trelm_ds.data.shards import ShardReader, load_manifest
 from trelm_ds.data.tokenizer import load_tokenizer
-from trelm_ds.distributed import barrier, gather_objects
-from trelm_ds.errors import ConfigError, DataError
-from trelm_ds.files import own_suffix, write_text
-from trelm_ds.knowledge.graph import save_array
+from trelm_ds.distributed import ALONE, World, gather_objects, together
+from trelm_ds.errors import ConfigError, DataError, everywhere
+from trelm_ds.files import write_text
+from trelm_ds.knowledge.graph import load_array, save_array
 
 logger = logging.getLogger(__name__)
 
 MIN_COSINE = 1e-3
 WINDOW_SAMPLES = 1024  # scored together, so that their rows can be batched by length
+MAX_PARTS = 4096  # of a corpus: each is a file while the rest is scored
 LOG_EVERY_S = 30.0
 POOLINGS = ("mean", "first")
 REPLACEMENTS = ("unk", "mask")
+_PARTS = ".scores-"  # begins the name of a folder of parts
 
 Encoder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -145,31 +150,39 @@ def score_importance(
     replacement: str = "unk",
     pooling: str = "mean",
     batch_tokens: int = 4096,
-    rank: int = 0,
-    world_size: int = 1,
+    bf16: bool = False,
+    world: World = ALONE,
     group=None,
     keep: bool = False,
+    resumable: bool = False,
 ) -> dict | None:
     """Scores the train split of a prepared folder and replaces ``tables/importance.npy``.
 
-    Written under a temporary name and renamed. ``importance.json`` beside it says which model
-    scored; it is not part of the data set's identity.
+    The ranks go through the corpus in rounds, a part each, and every machine's first one gathers
+    the scores and writes the table, because the folder may be a copy on its disk. What a batch
+    holds follows from the corpus alone: the scores are the same for any number of ranks.
+
+    Files are written under a temporary name and renamed. ``importance.json`` beside the table says
+    which model scored; it is not part of the data set's identity.
 
     Args:
         model: the initial checkpoint: ``last_hidden_states(input_ids, attention_mask)`` and
             ``fingerprint()``, see ``trelm_ds.model.MaskedLanguageModel``.
-        data_dir: the prepared folder, shared by the ranks.
+        data_dir: the prepared folder, shared by the ranks or a copy on each machine.
         replacement: what a mention's tokens become: unk | mask.
         pooling: sentence vector: mean | first.
         batch_tokens: most tokens of one forward, padding included.
-        rank, world_size: each rank scores a contiguous share; all have to call.
+        bf16: the encoder computes by autocast.
+        world: this process's place among the ranks; all have to call.
         group: host-side process group; used with more than one rank only.
         keep: scores that somebody else has written by the end stay; the result is not theirs.
+        resumable: parts that are done wait in files, so that a call with the same corpus, model
+            and settings goes on after a kill, on any number of ranks. One such job at a time.
     Returns:
         The contents of ``importance.json``; None on ranks above 0.
     Raises:
-        ConfigError: unknown replacement or pooling.
-        DataError: the folder cannot be read.
+        ConfigError: unknown replacement or pooling, or the ranks' models differ.
+        DataError: the folder cannot be read or written; on all ranks alike.
     """
     if replacement not in REPLACEMENTS or pooling not in POOLINGS:
         raise ConfigError(
@@ -181,50 +194,63 @@ def score_importance(
     reader = ShardReader(data_dir, manifest, "train")
     if len(reader) < 1:
         raise DataError(f"{data_dir}: empty corpus: split 'train' holds no sample")
+    identity = {
+        "dataset_id": manifest["dataset_id"],
+        "model_sha256": model.fingerprint(),
+        "replacement": replacement,
+        "pooling": pooling,
+        "batch_tokens": batch_tokens,
+        "bf16": bf16,
+    }
+    identities = gather_objects(identity, group)
+    if any(other != identities[0] for other in identities):
+        raise everywhere(ConfigError("importance: the ranks' models, data or settings differ"))
     token_ids = _token_ids(data_dir, replacement)
-    first, last = (len(reader) * r // world_size for r in (rank, rank + 1))
+    device = next(model.parameters()).device
+
+    def encode(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return model.last_hidden_states(ids, mask)
+
+    settings = {
+        "num_entities": manifest["graph"]["entities"],
+        "replacement_id": token_ids[0],
+        "pad_token_id": token_ids[1],
+        "pooling": pooling,
+        "batch_tokens": batch_tokens,
+        "device": device,
+    }
+    # Named by all that the scores depend on: another model's parts are never taken for these.
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    tables = data_dir / "tables"
+    folder = tables / f"{_PARTS}{digest[:32]}" if resumable else None
     training = model.training
     model.eval()
     try:
-        scores = _score_share(
-            reader,
-            range(first, last),
-            model.last_hidden_states,
-            num_entities=manifest["graph"]["entities"],
-            replacement_id=token_ids[0],
-            pad_token_id=token_ids[1],
-            pooling=pooling,
-            batch_tokens=batch_tokens,
-            device=next(model.parameters()).device,
-        )
+        scores = _score_parts(reader, encode, settings, folder, world, group)
     finally:
         model.train(training)
-    tables = data_dir / "tables"
-    # Runs that begin at once on one folder score it side by side: each job in files of its own.
-    job = gather_objects(own_suffix(), group)[0]
-    parts = [tables / f".tmp-importance-{job}-{r:05d}.npy" for r in range(world_size)]
-    report = None
-    try:
-        np.save(parts[rank], scores)
-        barrier(group)
-        if rank == 0:
-            scores = np.concatenate([np.load(part) for part in parts])
-            report = {
-                "model_sha256": model.fingerprint(),
-                "replacement": replacement,
-                "pooling": pooling,
-                "spans": len(scores),
-                "mean": float(scores.mean()) if len(scores) else 1.0,
-            }
-            if keep and (tables / "importance.json").exists():
-                logger.info("another run has scored %s meanwhile: its scores are kept", data_dir)
-            else:
-                save_array(tables / "importance.npy", scores)
-                write_text(tables / "importance.json", json.dumps(report, indent=2) + "\n")
-        barrier(group)
-    finally:
-        parts[rank].unlink(missing_ok=True)
-    return report
+
+    def write() -> dict | None:
+        if world.local_rank != 0:
+            return None
+        table = np.concatenate([scores[part] for part in sorted(scores)])
+        if len(table) != manifest["splits"]["train"]["spans"]:
+            raise DataError(f"{data_dir}: the training shards hold {len(table)} spans")
+        report = {key: identity[key] for key in ("model_sha256", "replacement", "pooling", "bf16")}
+        report |= {"spans": len(table), "mean": float(table.mean()) if len(table) else 1.0}
+        if keep and (tables / "importance.json").exists():
+            logger.info("another run has scored %s meanwhile: its scores are kept", data_dir)
+        else:
+            save_array(tables / "importance.npy", table)
+            write_text(tables / "importance.json", json.dumps(report, indent=2) + "\n")
+        return report
+
+    report = together(write, group)[0]
+    if resumable and world.local_rank == 0:  # no machine needs a part any more, nor those of others
+        for left in tables.glob(f"{_PARTS}*"):
+            shutil.rmtree(left, ignore_errors=True)
+    return report if world.is_main else None
 
 
 def _token_ids(data_dir: Path, replacement: str) -> tuple[int, int]:
@@ -233,23 +259,83 @@ def _token_ids(data_dir: Path, replacement: str) -> tuple[int, int]:
     return getattr(tokenizer, f"{replacement}_token_id"), tokenizer.pad_token_id
 
 
-def _score_share(reader, indices: range, encoder: Encoder, **settings) -> np.ndarray:
-    """``score_samples`` over windows of the samples in ``indices``, with progress."""
+def _score_parts(
+    reader: ShardReader, encoder: Encoder, settings: dict, folder: Path | None, world: World, group
+) -> dict[int, np.ndarray]:
+    """Scores of every part of the corpus, on the first rank of each machine; progress on rank 0.
+
+    Args:
+        settings: of ``score_samples``.
+        folder: where parts wait; None: nowhere.
+    """
+    windows = -(-len(reader) // WINDOW_SAMPLES)
+    size = WINDOW_SAMPLES * -(-windows // MAX_PARTS)  # samples of a part
+    count = -(-len(reader) // size)
+    scores: dict[int, np.ndarray] = {}
+
+    def look() -> list[int] | None:
+        if world.local_rank != 0:
+            return None
+        for part in range(count) if folder is not None and folder.is_dir() else ():
+            if (path := _part_path(folder, part)).exists():
+                # A copy: a mapped file would keep its folder from going on a network file system.
+                scores[part] = np.array(load_array(path, "float32", (None,)))
+        return sorted(scores)
+
+    def score(todo: list[int]) -> np.ndarray | None:
+        if world.rank >= len(todo):
+            return None
+        first = todo[world.rank] * size
+        return _score_range(reader, range(first, min(first + size, len(reader))), encoder, settings)
+
+    def keep(fresh: dict[int, np.ndarray]) -> None:
+        if world.local_rank == 0:
+            scores.update(fresh)
+            for part in fresh if folder is not None else ():
+                save_array(_part_path(folder, part), fresh[part])
+
+    # What only some machines have is scored again.
+    done = set.intersection(*(set(has) for has in together(look, group) if has is not None))
+    missing = [part for part in range(count) if part not in done]
+    if done and world.is_main:
+        logger.info("importance: %d of %d parts are done already", len(done), count)
     started = logged = time.monotonic()
-    scores = [np.ones(0, np.float32)]
+    # In rounds: no rank waits for another for longer than a part takes, which a timeout allows.
+    for begin in range(0, len(missing), world.size):
+        todo = missing[begin : begin + world.size]
+        gathered = together(partial(score, todo), group)
+        together(partial(keep, dict(zip(todo, gathered, strict=False))), group)
+        now = time.monotonic()
+        if now - logged > LOG_EVERY_S and world.is_main:
+            logged = now
+            rate = (begin + len(todo)) / (now - started)
+            logger.info(
+                "importance: %d of %d samples | %.0f samples/s | eta %.0f s",
+                min((len(done) + begin + len(todo)) * size, len(reader)),
+                len(reader),
+                rate * size,
+                (len(missing) - begin - len(todo)) / rate,
+            )
+    return scores
+
+
+def _part_path(folder: Path, part: int) -> Path:
+    return folder / f"part-{part:05d}.npy"
+
+
+def _score_range(
+    reader: ShardReader, indices: range, encoder: Encoder, settings: dict
+) -> np.ndarray:
+    """``score_samples`` over windows of the samples in ``indices``."""
+    scores = []
     for start in range(indices.start, indices.stop, WINDOW_SAMPLES):
         stop = min(start + WINDOW_SAMPLES, indices.stop)
         samples = (reader[i] for i in range(start, stop))
-        scores.append(score_samples(samples, encoder, **settings))
-        now = time.monotonic()
-        if now - logged > LOG_EVERY_S:
-            logged = now
-            rate = (stop - indices.start) / (now - started)
-            logger.info(
-                "importance: %d of %d samples | %.0f samples/s | eta %.0f s",
-                stop - indices.start,
-                len(indices),
-                rate,
-                (indices.stop - stop) / rate,
-            )
+        try:
+            scores.append(score_samples(samples, encoder, **settings))
+        except torch.OutOfMemoryError:
+            raise DataError(
+                f"out of GPU memory at {settings['batch_tokens']} tokens a forward: lower "
+                "--batch_tokens"
+            ) from None
     return np.concatenate(scores)

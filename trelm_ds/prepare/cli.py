@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from trelm_ds.arguments import LineParser
 from trelm_ds.data.shards import load_manifest
-from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError, report
+from trelm_ds.distributed import has_peers, report_once
+from trelm_ds.errors import EXIT_DONE, EXIT_FAILED, ConfigError, TrelmError
 from trelm_ds.prepare.builder import BuildOptions, build
 from trelm_ds.prepare.ernie import read_ernie
 from trelm_ds.prepare.graphs import read_graph
@@ -142,6 +144,16 @@ def _build_parser() -> argparse.ArgumentParser:
                 default="unk",
                 help="what a mention's tokens become",
             )
+            step.add_argument(
+                "--batch_tokens",
+                type=int,
+                default=4096,
+                metavar="N",
+                help="most tokens of one forward; more suits a GPU",
+            )
+            step.add_argument(
+                "--bf16", action="store_true", help="faster on GPUs, coarser scores (docs/data.md)"
+            )
     return parser
 
 
@@ -151,11 +163,11 @@ def _add_transe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=defaults.epochs, metavar="N", help="TransE")
 
 
-def prepare(argv: list[str]) -> str:
+def prepare(argv: list[str]) -> str | None:
     """Runs one command.
 
     Returns:
-        One line about what was done.
+        One line about what was done; None on ranks above 0.
 
     Raises:
         TrelmError: anything the user can mend; nothing half-written is left.
@@ -215,14 +227,23 @@ def _also(args: argparse.Namespace) -> list[tuple[str, list[Path]]]:
     return list(found.items())
 
 
-def _score(args: argparse.Namespace) -> str:
+def _score(args: argparse.Namespace) -> str | None:
+    """By this process alone, or by the ranks that ``torchrun`` or ``srun`` has started."""
     import torch
 
     from trelm_ds.config import build_config
     from trelm_ds.data.tokenizer import load_tokenizer
+    from trelm_ds.distributed import cpu_group, get_world
+    from trelm_ds.engine import init_distributed, local_device
     from trelm_ds.knowledge.importance import score_importance
     from trelm_ds.model import MaskedLanguageModel, load_backbone
 
+    if args.batch_tokens < 1:
+        raise ConfigError(f"--batch_tokens {args.batch_tokens}: must be at least 1")
+    world = get_world(dict(os.environ))
+    if world.size > 1:
+        get_world()  # completes the variables themselves, which the rendezvous reads
+    device = local_device(world)
     manifest = load_manifest(args.output)
     tokenizer = load_tokenizer(args.output / "tokenizer")
     length = manifest["max_seq_length"]
@@ -236,8 +257,21 @@ def _score(args: argparse.Namespace) -> str:
     )
     torch.manual_seed(args.seed)
     model = MaskedLanguageModel(load_backbone(config, len(tokenizer), tokenizer.pad_token_id))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    report = score_importance(model, args.output, replacement=args.replacement)
+    model.to(device)
+    if world.size > 1:
+        init_distributed(world, device)
+    report = score_importance(
+        model,
+        args.output,
+        replacement=args.replacement,
+        batch_tokens=args.batch_tokens,
+        bf16=args.bf16,
+        world=world,
+        group=cpu_group(),
+        resumable=True,
+    )
+    if report is None:
+        return None
     return f"{args.output}: scored {report['spans']} spans, mean importance {report['mean']:.4f}"
 
 
@@ -288,7 +322,14 @@ def main(argv: list[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        sys.stdout.write(prepare(sys.argv[1:] if argv is None else argv) + "\n")
+        line = prepare(sys.argv[1:] if argv is None else argv)
     except (TrelmError, OSError) as error:
-        return report(error)
+        report_once(error)
+        code = getattr(error, "exit_code", EXIT_FAILED)
+        if has_peers():
+            sys.stderr.flush()
+            os._exit(code)  # do not wait in the process group's destructor for ranks that still run
+        return code
+    if line is not None:
+        sys.stdout.write(line + "\n")
     return EXIT_DONE

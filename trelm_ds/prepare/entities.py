@@ -73,8 +73,8 @@ def index_graph(
 
     - A mentioned id that no source knows: an error with ``strict``; else a new entity named by its
       surface if it is a Wikidata id, and no mention at all if it is not.
-    - An entity without a name is named by its first surface form; one without that is dropped with
-      its triples: nothing could be decoded for it.
+    - An entity without a name is named by its first surface form, else by its first alias; one
+      without either is dropped with its triples: nothing could be decoded for it.
     - A triple stays if an end of it is mentioned or probed: a merged graph adds the neighbourhood
       of the corpus, not the rest of the world.
 
@@ -105,10 +105,9 @@ def index_graph(
     nameless = RawEntity("")
 
     def name_of(entity: str) -> str:
-        name = _clean(graph.entities.get(entity, nameless).name)
-        if not name and entity in mentioned:
-            name = _clean(mentioned[entity].surface)
-        return name
+        node = graph.entities.get(entity, nameless)
+        surface = mentioned[entity].surface if entity in mentioned else ""
+        return next(filter(None, map(_clean, (node.name, surface, *node.aliases))), "")
 
     def usable(triples):
         for head, relation, tail in triples:

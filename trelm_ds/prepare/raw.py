@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+
+_DISAMBIGUATION = re.compile(r" \([^()]*\)$")
 
 
 @dataclass(slots=True)
@@ -29,8 +32,8 @@ class RawDocument:
 class RawEntity:
     """A node of the graph; the first name is ``name``, every other one an alias.
 
-    An empty ``name`` means that the source has none: the builder then takes the entity's first
-    surface form in the text.
+    An empty ``name`` means that the source has none: the builder then takes another source's, or
+    else the entity's first surface form in the text, or its first alias.
     """
 
     name: str
@@ -52,6 +55,9 @@ class RawGraph:
     triples: list[tuple[str, str, str]] = field(default_factory=list)
     withheld: list[tuple[str, str, str]] = field(default_factory=list)
 
+    def has_name(self, entity: str) -> bool:
+        return entity in self.entities and bool(self.entities[entity].name)
+
     def name_entity(self, entity: str, name: str, description: str = "") -> None:
         """Adds an entity, or another name of it; the first name given stays its name."""
         known = self.entities.get(entity)
@@ -61,15 +67,21 @@ class RawGraph:
         known.description = known.description or description
         if not known.name:
             known.name = name
-        elif name and name != known.name and name not in known.aliases:
-            known.aliases += (name,)
+        else:
+            self.add_alias(entity, name)
+
+    def add_alias(self, entity: str, alias: str) -> None:
+        """Adds an entity, or what it is called too: never its name while any source has one."""
+        known = self.entities.setdefault(entity, RawEntity(""))
+        if alias and alias != known.name and alias not in known.aliases:
+            known.aliases += (alias,)
 
     def merge(self, other: RawGraph) -> None:
         """Adds what ``other`` knows; names already here win."""
         for entity, node in other.entities.items():
             self.name_entity(entity, node.name, node.description)
             for alias in node.aliases:
-                self.name_entity(entity, alias)
+                self.add_alias(entity, alias)
         for relation, name in other.relations.items():
             self.relations[relation] = self.relations.get(relation) or name
         self.triples.extend(other.triples)
@@ -115,6 +127,11 @@ class RawCorpus:
     candidates: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     refuses: Callable[[RawDocument], set[int]] | None = None
+
+
+def page_name(title: str) -> str:
+    """What a Wikipedia page of this title is about: the title without ``(disambiguation)``."""
+    return _DISAMBIGUATION.sub("", title)
 
 
 def chosen(name: str, fraction: float, seed: int, purpose: str) -> bool:

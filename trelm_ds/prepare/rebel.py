@@ -10,6 +10,9 @@ A record, as in the REBEL data set::
 Dates, numbers and the string ``None`` in place of a Wikidata id are no entities: skipped, and so
 are triples with such an end. Some documents carry boundaries 2 (or twice 2) characters too far to
 the right: a mention whose surface form stands exactly there is moved, any other mismatch dropped.
+
+Names come from ``--graph``, else from the titles of the pages. A surface form may be another word
+for the entity ("Dutch" for the Netherlands): it names what has no other name, and is an alias else.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from pathlib import Path
 
 from trelm_ds.errors import DataError
 from trelm_ds.prepare.files import check_id, check_span, expand, get, is_wikidata_id, iter_jsonl
-from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawGraph
+from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawGraph, page_name
 from trelm_ds.prepare.reader import ReaderOptions
 
 _SHIFTS = (-2, -4)
@@ -30,11 +33,11 @@ def read_rebel(inputs: list[Path], options: ReaderOptions) -> RawCorpus:
     """Reads as the documents are asked for; the graph grows with them."""
     corpus = RawCorpus("rebel", (), RawGraph())
     files = expand(inputs, (".jsonl",))
-    corpus.documents = itertools.islice(_documents(files, corpus), options.limit)
+    corpus.documents = itertools.islice(_documents(files, corpus, options.graph), options.limit)
     return corpus
 
 
-def _documents(files: list[Path], corpus: RawCorpus) -> Iterator[RawDocument]:
+def _documents(files: list[Path], corpus: RawCorpus, known: RawGraph) -> Iterator[RawDocument]:
     seen: set[tuple[str, str, str]] = set()
     for file in files:
         for where, record in iter_jsonl(file):
@@ -42,7 +45,9 @@ def _documents(files: list[Path], corpus: RawCorpus) -> Iterator[RawDocument]:
             document = RawDocument(get(record, "docid", str, where), text)
             page = record.get("uri")
             if is_wikidata_id(page) and isinstance(record.get("title"), str):
-                corpus.graph.name_entity(page, record["title"])
+                name = page_name(record["title"])
+                add = corpus.graph.add_alias if known.has_name(page) else corpus.graph.name_entity
+                add(page, name)
             for mention in get(record, "entities", list, where):
                 if span := _span(mention, text, corpus, where):
                     document.spans.append(span)
@@ -82,7 +87,7 @@ def _span(mention: object, text: str, corpus: RawCorpus, where: str):
             corpus.counts["mention_surface_differs"] += 1
             return None
     check_span(start, end, text, where)
-    corpus.graph.name_entity(entity, surface)
+    corpus.graph.add_alias(entity, surface)
     return start, end, entity
 
 
@@ -97,7 +102,7 @@ def _add_triple(triple: object, corpus: RawCorpus, seen: set, where: str) -> Non
     relation = check_id(get(predicate, "uri", str, where), where)
     corpus.graph.relations.setdefault(relation, get(predicate, "surfaceform", str, where))
     for entity, end in ((head, subject), (tail, object_)):
-        corpus.graph.name_entity(entity, get(end, "surfaceform", str, where))
+        corpus.graph.add_alias(entity, get(end, "surfaceform", str, where))
     if (head, relation, tail) not in seen:
         seen.add((head, relation, tail))
         corpus.graph.triples.append((head, relation, tail))

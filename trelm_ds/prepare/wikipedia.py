@@ -40,13 +40,12 @@ from trelm_ds.prepare.files import (
     iter_jsonl,
     iter_lines,
 )
-from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawGraph
+from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawGraph, page_name
 from trelm_ds.prepare.reader import ReaderOptions
 
 # Reference, surface, and what MediaWiki calls the trail.
 _LINK = re.compile(r'<a href="([^"<>]*)">((?:(?!<a ).)*?)</a>(\w*)', re.DOTALL)
 _TAG = re.compile(r'<a href="[^"<>]*">|</a>')  # what is left around a link inside another
-_DISAMBIGUATION = re.compile(r" \([^()]*\)$")
 _ESCAPED_LINK = "&lt;a href="
 _DOC = re.compile(r'<doc id="([^"]*)"(?: revid="[^"]*")? url="[^"]*" title="(.*)">\s*')
 _FILE = re.compile(r"wiki_\d+")
@@ -160,8 +159,8 @@ class _Linker:
     def _entity(self, reference: str) -> str | None:
         title = _title(reference)
         entity = self._titles.get(title)
-        if entity is not None and entity not in self._known.entities:
-            self._corpus.graph.name_entity(entity, _DISAMBIGUATION.sub("", title))
+        if entity is not None and not self._known.has_name(entity):
+            self._corpus.graph.name_entity(entity, page_name(title))
         return entity
 
     def document(self, where: str, page: str, title: str, text: str) -> RawDocument:
@@ -196,7 +195,7 @@ class _Linker:
                 document.spans.append((start, start + len(whole.strip(_QUOTES)), entity))
         document.text = "".join([*parts, _TAG.sub("", text[begin:])])
         if entity := self._entity(title):  # whatever the links say
-            owners[_key(_DISAMBIGUATION.sub("", title))] = entity
+            owners[_key(page_name(title))] = entity
         names = {name: entity for name, entity in owners.items() if name and entity is not None}
         repeated = _repeated(document.text, names, links)
         self._corpus.counts["mention_repeated"] += len(repeated)
