@@ -356,7 +356,8 @@ class Checkpointer:
         if stage == 0:  # nothing is cut by rank
             return contextlib.nullcontext(folder)
         temporary = self.folder / f"{TEMPORARY}universal-{folder.name}"
-        return universal_checkpoint(folder, temporary, engine, self._world, self._group)
+        truncated = bool(self._identity.get("routing.truncated_depth"))
+        return universal_checkpoint(folder, temporary, engine, self._world, self._group, truncated)
 
     def _set_aside_after(self, folder: Path) -> None:
         """Later checkpoints here belong to a branch that is left: ``latest`` must not find them

@@ -212,9 +212,10 @@ class PathAdamW(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 state = self._state(p)
-                # A new tensor for each: DeepSpeed's universal checkpoints restore one `step` into
-                # several tensors' states, and the fused kernel counts it up in place.
-                state["step"] = state["step"].clone()
+                # A new tensor for each, where the fused kernel wants it, since that counts it up in
+                # place: DeepSpeed's universal checkpoints restore one `step`, on the CPU, into
+                # several tensors' states.
+                state["step"] = state["step"].to(p.device, copy=True)
                 pieces = self._routed.get(p)
                 if pieces is None:
                     plain.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
