@@ -1,5 +1,7 @@
 """A checkpoint of two ranks, resumed by one and by three, and through the conversion by two."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from integration.runs import NO_DROPOUT, digest, full_parameters, losses, make_trainer
@@ -8,6 +10,7 @@ from tiny_corpus import write_tiny_corpus
 
 from trelm_ds.checkpoint import Checkpointer
 from trelm_ds.errors import CheckpointError
+from trelm_ds.reshard import _what_is_lost
 
 CONFIGS = ("zero0", "zero2", "zero3")
 SETTINGS = {key.replace(".", "__"): value for key, value in NO_DROPOUT.items()}
@@ -106,6 +109,7 @@ def test_other_ranks_go_on_as_the_same_would_but_for_rounding(data_dir, straight
         assert not [n for n in a["left"] if n.startswith("tmp-") or n == "latest_universal"]
 
 
+@pytest.mark.slow
 def test_the_conversion_itself_loses_no_bit(data_dir, straight, tmp_path):
     folder, expected = straight
     found = run_ranks(run, 2, data_dir, tmp_path, folder, True)[0]
@@ -116,6 +120,21 @@ def test_the_conversion_itself_loses_no_bit(data_dir, straight, tmp_path):
         assert digest(a["sampling"]) == digest(b["sampling"])
 
 
+def test_what_a_state_holds_beyond_the_moments_is_named():
+    module = torch.nn.Linear(2, 2)
+    adam = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 2)).sum().backward()
+    adam.step()
+    engine = SimpleNamespace(module=module, optimizer=SimpleNamespace(optimizer=adam))
+    assert _what_is_lost(engine, truncated=False) is None
+    assert "truncated_depth" in _what_is_lost(engine, truncated=True)
+    adam.state[module.bias]["update_count"] = torch.zeros(2)
+    assert "update_count" in _what_is_lost(engine, truncated=False)
+    module.bias.requires_grad_(False)
+    assert "bias" in _what_is_lost(engine, truncated=False)
+
+
+@pytest.mark.slow
 def test_what_would_be_lost_is_refused(data_dir, tmp_path):
     run_ranks(refused, 2, data_dir, tmp_path / "saved", None)
     messages = run_ranks(refused, 1, data_dir, tmp_path / "resumed", tmp_path / "saved")[0]
