@@ -18,7 +18,15 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from trelm_ds.errors import ConfigError, DataError, TrelmError, WriteError, everywhere, report
+from trelm_ds.errors import (
+    ConfigError,
+    DataError,
+    TrelmError,
+    WriteError,
+    everywhere,
+    exit_code,
+    report,
+)
 
 
 @dataclass(frozen=True)
@@ -206,13 +214,14 @@ def together(work: Callable[[], object], group=None) -> list:
     return gather_objects(value, group)
 
 
-def report_once(error: Exception) -> None:
-    """One line on stderr, of rank 0 alone where all ranks fail alike (``TrelmError``)."""
+def report_once(error: Exception) -> int:
+    """``report`` for ranks: by rank 0 alone where all of them fail alike (``TrelmError``)."""
     rank, alike = os.environ.get("RANK", "0"), getattr(error, "everywhere", None)
     if rank == "0":
         report(error)
     elif not (not is_initialised() if alike is None else alike):
         report(error, f"error on rank {rank}")
+    return exit_code(error)
 
 
 def barrier(group=None) -> None:

@@ -52,6 +52,11 @@ def one_line(error: Exception, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def exit_code(error: Exception) -> int:
+    """Of a script that ends by this error."""
+    return getattr(error, "exit_code", EXIT_FAILED)
+
+
 def report(error: Exception, heading: str = "error") -> int:
     """Says on stderr in one line what went wrong; the exit code of a script that ends by it.
 
@@ -60,4 +65,4 @@ def report(error: Exception, heading: str = "error") -> int:
         heading: what the line begins with.
     """
     print(f"{heading}: {' '.join(str(error).split())}", file=sys.stderr)
-    return getattr(error, "exit_code", EXIT_FAILED)
+    return exit_code(error)

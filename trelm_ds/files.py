@@ -6,10 +6,31 @@ import contextlib
 import hashlib
 import os
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 _BLOCK = 1 << 20
+
+
+def try_again(
+    work: Callable, waits: Iterable[float], errors=OSError, failed: Callable = lambda: None
+):
+    """What ``work()`` returns. Network file systems have bad moments: it is tried a few times.
+
+    Args:
+        waits: seconds before each further try.
+        errors: what is tried again, and raised if the last try fails by it.
+        failed: called after each failure.
+    """
+    for wait in (*waits, None):
+        try:
+            return work()
+        except errors:
+            failed()
+            if wait is None:
+                raise
+            time.sleep(wait)
 
 
 def file_sha256(path: str | Path) -> str:

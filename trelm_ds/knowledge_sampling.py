@@ -8,8 +8,8 @@ The tables that a resumed run needs, in use or waiting, travel in the checkpoint
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from trelm_ds.data.collate import Batch
 from trelm_ds.data.weights import WeightTables
 from trelm_ds.distributed import World, write_together
 from trelm_ds.errors import CheckpointError
+from trelm_ds.files import try_again
 from trelm_ds.memory.knowledge_state import KnowledgeState, frequency_bands
 
 _TABLE = "weights_"  # in a checkpoint, then the version
@@ -80,17 +81,12 @@ class KnowledgeSampling:
         """Rank 0 writes tables, others wait. No step can do without the table it draws by."""
         with write_together(f"{self._tables.folder} was not written", self._group):
             if self._world.is_main:
-                for version, weights in tables.items():
-                    self._try(version, weights)
-
-    def _try(self, version: int, weights: np.ndarray) -> None:
-        for wait in (*WRITE_WAITS_S, None):
-            try:
-                return self._tables.write(version, weights)
-            except (OSError, SafetensorError):
-                if wait is None:
-                    raise
-                time.sleep(wait)
+                for item in tables.items():
+                    try_again(
+                        functools.partial(self._tables.write, *item),
+                        WRITE_WAITS_S,
+                        (OSError, SafetensorError),
+                    )
 
     def stage(self, batch: Batch, probability: torch.Tensor) -> None:
         """Notes what a micro-batch's masked mentions show, ``StepOutput.mention_probability``."""

@@ -305,9 +305,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = run(sys.argv[1:] if argv is None else argv, stop)
     except (TrelmError, OSError) as error:
-        report_once(error)
+        code = report_once(error)
         logger.debug("traceback", exc_info=error)
-        code = getattr(error, "exit_code", EXIT_FAILED)
     except Exception:
         logger.exception("rank %s failed", os.environ.get("RANK", "0"))
         code = EXIT_FAILED

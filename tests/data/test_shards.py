@@ -202,7 +202,7 @@ def test_a_failed_open_is_tried_again(folder, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(os, "open", opening)
-    monkeypatch.setattr(shards.time, "sleep", waited.append)
+    monkeypatch.setattr("trelm_ds.files.time.sleep", waited.append)
     reader = ShardReader(folder, load_manifest(folder), "train")
     reader.verify_all()
     assert waited == list(shards.READ_WAITS_S)
@@ -229,7 +229,7 @@ def test_a_failed_read_is_tried_again_on_open_files(folder, monkeypatch, failure
         shards, "_open", lambda *a, real=shards._open: (opened.append(a), real(*a))[1]
     )
     monkeypatch.setattr(os, "pread", pread)
-    monkeypatch.setattr(shards.time, "sleep", waited.append)
+    monkeypatch.setattr("trelm_ds.files.time.sleep", waited.append)
     if failures <= len(shards.READ_WAITS_S):
         assert reader[40].ids.tolist() == expected
     else:

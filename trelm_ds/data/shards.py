@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import stat
-import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import numpy as np
 
 from trelm_ds.data.schema import MAX_SAMPLE_BYTES, Sample, decode_sample, encode_sample
 from trelm_ds.errors import DataError
-from trelm_ds.files import write_text
+from trelm_ds.files import try_again, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -464,20 +463,17 @@ class ShardReader:
             self._again(number, lambda number=number: self._descriptors(number), "")
 
     def _again(self, number: int, work: Callable, what: str):
-        """What ``work`` returns; where the system fails it, on newly opened files, a few times.
+        """What ``work`` returns; where the system fails it, on newly opened files, a few times."""
 
-        Network file systems have bad moments, and handles that go stale.
-        """
-        for wait in (*READ_WAITS_S, None):
-            try:
-                return work()
-            except OSError as error:
-                for descriptor in self._open_shards.pop(number, ()):
-                    os.close(descriptor)
-                if wait is None:
-                    path = self._folder / self._shards[number]["name"]
-                    raise DataError(f"{path}: {what}{error.strerror}") from None
-                time.sleep(wait)
+        def close():  # a handle may have gone stale
+            for descriptor in self._open_shards.pop(number, ()):
+                os.close(descriptor)
+
+        try:
+            return try_again(work, READ_WAITS_S, OSError, close)
+        except OSError as error:
+            path = self._folder / self._shards[number]["name"]
+            raise DataError(f"{path}: {what}{error.strerror}") from None
 
     def __getitem__(self, i: int) -> Sample:
         """Sample ``i`` of the split.

@@ -12,7 +12,7 @@ from pathlib import Path
 from trelm_ds.arguments import LineParser
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.distributed import has_peers, report_once
-from trelm_ds.errors import EXIT_DONE, EXIT_FAILED, ConfigError, TrelmError
+from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError
 from trelm_ds.prepare.builder import BuildOptions, build
 from trelm_ds.prepare.ernie import read_ernie
 from trelm_ds.prepare.graphs import read_graph
@@ -324,8 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         line = prepare(sys.argv[1:] if argv is None else argv)
     except (TrelmError, OSError) as error:
-        report_once(error)
-        code = getattr(error, "exit_code", EXIT_FAILED)
+        code = report_once(error)
         if has_peers():
             sys.stderr.flush()
             os._exit(code)  # do not wait in the process group's destructor for ranks that still run
