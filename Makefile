@@ -8,6 +8,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 OUT ?= outputs/quickstart
+# One process a core, four at most: files of several ranks have more processes than that of their own.
+# By file, so that a run which a file's tests share is made once.
+PYTEST := python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
@@ -37,7 +40,7 @@ quickstart: env
 	@echo "  your own text      $(BIN)/python launch/prepare.py jsonl --input text.jsonl --output DIR, then --data_dir DIR"
 
 test: env
-	$(RUN) python -m pytest -q
+	$(RUN) $(PYTEST)
 
 test-slow: env
 	$(RUN) python -m pytest -q -m slow --timeout 3600
