@@ -6,6 +6,7 @@ EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 EXIT_STOPPED = 75  # stopped on request, checkpoint written: start again to go on
+EXIT_BAD_NODE = 76  # a node of the job is not fit for it: start again without
 
 
 class TrelmError(Exception):

@@ -47,13 +47,14 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def submit(environment, repo, output_dir, data_dir, *flags) -> str:
+def submit(environment, repo, output_dir, data_dir, *flags, **more) -> str:
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_PORT")
     variables = {k: v for k, v in environment.items() if k not in launchers} | {
         "OUTPUT_DIR": str(output_dir),
         "TRELM_ROOT": str(repo),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "TRELM_VENV": "/nonexistent",  # the PATH above already has the right Python
+        **more,
     }
     log = output_dir.parent / "job-%j.log"
     command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0"]
@@ -87,6 +88,16 @@ def test_a_wrong_flag_ends_the_job_before_any_task(environment, repo, data_dir, 
     assert slurm.wait_for_job(environment, job, {"COMPLETED", "FAILED"}, 60) == "FAILED"
     lines = log_of(tmp_path / "run", job).splitlines()
     assert len(lines) == 1 and "did you mean '--max_steps'" in lines[0], lines
+
+
+def test_nodes_that_are_not_fit_are_named_before_training(environment, repo, data_dir, tmp_path):
+    output = tmp_path / "run"
+    job = submit(environment, repo, output, data_dir, MASTER_ADDR="no-such-host.invalid")
+    assert slurm.wait_for_job(environment, job, {"COMPLETED", "FAILED"}, 90) == "FAILED"
+    text = log_of(output, job)
+    assert all(f"node {name}: MASTER_ADDR: " in text for name in ("n1", "n2")), text
+    assert "submit it again with --exclude=NODE" in text
+    assert [path.name for path in output.iterdir()] == ["preflight.json"]
 
 
 def test_a_signalled_job_saves_and_asks_to_be_requeued(environment, repo, data_dir, tmp_path):

@@ -1,0 +1,209 @@
+"""``launch/preflight.py``: is every node of a SLURM job fit for it, before its ranks meet.
+
+One node with a broken GPU, another torch or without the shared folder fails a job of many by a
+hang, or by a traceback from each rank. Here it is named, within two minutes: ``plan`` runs once, on
+the job's first node, reads the flags and leaves in the run's folder what the others are to find;
+``check`` runs once on each node and compares.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from trelm_ds.arguments import parse_arguments
+from trelm_ds.config import Config
+from trelm_ds.errors import (
+    EXIT_BAD_NODE,
+    EXIT_DONE,
+    EXIT_STOPPED,
+    ConfigError,
+    TrelmError,
+    one_line,
+    report,
+)
+from trelm_ds.files import write_text
+
+PLAN = "preflight.json"
+LIMIT_S = 120.0  # a check that takes longer hangs: a dead file system, a driver without an answer
+MIN_SHARED_MEMORY = 512 << 20  # bytes: loader processes hand batches over through it
+MATRIX = 2048
+
+
+class NodeError(TrelmError):
+    """This node is not fit for the job; others may be."""
+
+    exit_code = EXIT_BAD_NODE
+
+
+def plan(default_folder: str, argv: list[str]) -> Path:
+    """Checks the flags and the data of a run once, and leaves in its folder what all nodes need.
+
+    Args:
+        default_folder: the run's folder if neither a flag nor ``--config`` names one.
+        argv: flags of ``launch/pretrain.py``.
+    Returns:
+        The run's folder.
+    Raises:
+        TrelmError: the flags or the data are wrong, on whatever node.
+    """
+    config, _ = parse_arguments(argv)
+    folder = Path(config.train.output_dir or default_folder)
+    expected = {"id": uuid.uuid4().hex, **_software(), **_data(config)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / PLAN, json.dumps(expected, indent=1) + "\n")
+    return folder
+
+
+def check(folder: Path, argv: list[str], report_check: Callable[[str], None]) -> None:
+    """Runs the checks on this node.
+
+    Args:
+        folder: what ``plan`` returned.
+        argv: the flags that ``plan`` had.
+        report_check: is told the name of each check before it begins.
+    Raises:
+        NodeError: the first that failed.
+    """
+    report_check("reading the flags")
+    config, _ = parse_arguments(argv)
+    expected: dict = {}
+    checks = {
+        f"the run's folder {folder}": lambda: expected.update(_shared_folder(folder)),
+        "the software": lambda: _compare(_software(), expected),
+        "MASTER_ADDR": _rendezvous,
+        "the data": lambda: (_compare(_data(config), expected), _shards(config)),
+        "shared memory": _shared_memory,
+        "the GPUs": lambda: _gpus(os.environ.get("SLURM_GPUS_ON_NODE")),
+    }
+    for name, run in checks.items():
+        report_check(name)
+        try:
+            run()
+        except (TrelmError, OSError, RuntimeError, ValueError) as error:
+            raise NodeError(f"{name}: {one_line(error)}") from error
+
+
+def _shared_folder(folder: Path) -> dict:
+    """What ``plan`` wrote, after this node has written there too."""
+    try:
+        expected = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NodeError("what the first node wrote is not there: is it on a shared disk?") from None
+    probe = folder / f".preflight-{socket.gethostname()}-{os.getpid()}"
+    try:
+        write_text(probe, expected["id"])  # written, flushed and renamed, as checkpoints are
+        if probe.read_text(encoding="utf-8") != expected["id"]:
+            raise NodeError("a file reads back other than it was written")
+    finally:
+        probe.unlink(missing_ok=True)
+    return expected
+
+
+def _software() -> dict:
+    from trelm_ds import environment
+
+    return {"versions": environment.versions(), "commit": environment.commit()}
+
+
+def _data(config: Config) -> dict:
+    from trelm_ds.data.shards import load_manifest
+
+    if config.data.data_dir is None:
+        return {}
+    return {"dataset_id": load_manifest(config.data.data_dir)["dataset_id"]}
+
+
+def _compare(mine: dict, expected: dict) -> None:
+    for name, value in mine.items():
+        if value != expected[name]:
+            raise NodeError(f"{name} {value} here, {expected[name]} on the job's first node")
+
+
+def _shards(config: Config) -> None:
+    """That every shard is there in its full length; contents are checked as they are read."""
+    from trelm_ds.data.shards import SHARD_FOLDER, load_manifest
+
+    if config.data.data_dir is None:
+        return
+    folder = Path(config.data.data_dir)
+    for split in load_manifest(folder)["splits"].values():
+        for shard in split["shards"]:
+            path = folder / SHARD_FOLDER / shard["name"]
+            if (size := path.stat().st_size) != shard["bytes"]:
+                raise NodeError(f"{path} has {size} bytes, the manifest says {shard['bytes']}")
+
+
+def _rendezvous() -> None:
+    if name := os.environ.get("MASTER_ADDR"):
+        socket.getaddrinfo(name, None)
+
+
+def _shared_memory() -> None:
+    free = shutil.disk_usage("/dev/shm").free
+    if free < MIN_SHARED_MEMORY:
+        raise NodeError(f"/dev/shm has {free >> 20} MiB free, {MIN_SHARED_MEMORY >> 20} are needed")
+
+
+def _gpus(promised: str | None) -> None:
+    """That torch sees the GPUs that SLURM gave, and each multiplies what it is given."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if promised not in (None, "0") and int(promised) != count:
+        raise NodeError(f"SLURM gave {promised}, torch sees {count}")
+    for index in range(count):
+        device = torch.device("cuda", index)
+        ones = torch.ones(MATRIX, MATRIX, device=device)
+        if not bool((ones @ ones == MATRIX).all()):
+            raise NodeError(f"{device} multiplies wrongly")
+        del ones
+    torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _deadline(host: str) -> Iterator[Callable[[str], None]]:
+    """Ends the process where a check hangs, in a call that no signal reaches too."""
+    at = ["starting"]
+
+    def give_up() -> None:
+        print(f"node {host}: {at[0]}: no answer for {LIMIT_S:.0f} s", file=sys.stderr, flush=True)
+        os._exit(EXIT_BAD_NODE)
+
+    timer = threading.Timer(LIMIT_S, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda name: at.__setitem__(0, name)
+    finally:
+        timer.cancel()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``plan DEFAULT_FOLDER FLAGS`` prints the run's folder, ``check FOLDER FLAGS`` nothing."""
+    argv = sys.argv[1:] if argv is None else argv
+    # SLURM's early warning: nothing to save yet, the job goes back to the queue.
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(EXIT_STOPPED))
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    try:
+        if len(argv) < 2 or argv[0] not in ("plan", "check"):
+            raise ConfigError("usage: launch/preflight.py plan|check FOLDER [flags of pretrain.py]")
+        if argv[0] == "plan":
+            print(plan(argv[1], argv[2:]))
+        else:
+            with _deadline(host) as report_check:
+                check(Path(argv[1]), argv[2:], report_check)
+    except NodeError as error:
+        return report(error, f"node {host}")
+    except (TrelmError, OSError) as error:
+        return report(error)
+    return EXIT_DONE
