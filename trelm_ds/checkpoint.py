@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from trelm_ds.distributed import World, barrier, first_problem, gather_objects, write_together
 from trelm_ds.errors import CheckpointError, WriteError, everywhere
 from trelm_ds.files import file_sha256, fsync, write_text
-from trelm_ds.metrics import read_lines
+from trelm_ds.metrics import read_metrics
 from trelm_ds.reshard import universal_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -296,7 +296,7 @@ class Checkpointer:
         with contextlib.suppress(OSError):
             traces.append(f"{latest} names {latest.read_text(errors='replace').strip()!r}")
         with contextlib.suppress(OSError):
-            saved = [r[LAST_STEP] for r in read_lines(metrics) if LAST_STEP in r]
+            saved = [r[LAST_STEP] for r in read_metrics(metrics) if LAST_STEP in r]
             if saved:
                 traces.append(f"{metrics} tells of one of step {saved[-1]}")
         return traces

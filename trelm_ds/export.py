@@ -13,6 +13,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, RobertaConfig
 
 from trelm_ds.errors import CheckpointError, ConfigError, one_line
 from trelm_ds.files import fsync, fsync_tree
+from trelm_ds.metrics import read_metrics
 from trelm_ds.model import no_progress_bar
 from trelm_ds.routing.ffn import to_hf_state_dict
 
@@ -206,17 +207,10 @@ def model_card(run: dict, hf_config, checkpoint: Path, metrics: dict[str, float]
 
 def last_evaluation(metrics_file: str | Path, step: int) -> dict[str, float]:
     """The ``eval/*`` values of a run's ``metrics.jsonl`` at a step; empty if there are none."""
-    path, found = Path(metrics_file), {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # a line cut short by a killed run
-            if isinstance(record, dict) and record.get("step") == step:
-                found |= {
-                    k: v
-                    for k, v in record.items()
-                    if k.startswith("eval/") and isinstance(v, (int, float))
-                }
-    return found
+    return {
+        key: value
+        for row in read_metrics(metrics_file)
+        if row.get("step") == step
+        for key, value in row.items()
+        if key.startswith("eval/") and isinstance(value, (int, float))
+    }

@@ -159,7 +159,7 @@ class MetricLog:
         """Lines of steps that the resumed run will take again, and a torn last line, go."""
         if not self._path.exists():
             return
-        kept = [row for row in read_lines(self._path) if row.get("step", math.inf) <= step]
+        kept = [row for row in read_metrics(self._path) if row.get("step", math.inf) <= step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
@@ -227,19 +227,21 @@ def console_line(step: int, total: int, values: dict, world_size: int, eta_s: fl
     return " | ".join(parts)
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a log that a killed process may have left torn: those that are whole."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+def read_metrics(path: str | Path) -> list[dict]:
+    """The rows of ``metrics.jsonl`` that are whole: a killed or writing process leaves a torn one.
+
+    Returns:
+        One mapping a line; none without a file.
+    """
+    path, rows = Path(path), []
+    if not path.is_file():
+        return rows
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict):
                 rows.append(row)
     return rows
-
-
-def read_metrics(path: str | Path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def plot_curves(metrics_path: str | Path, png_path: str | Path, title: str) -> None:

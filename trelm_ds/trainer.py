@@ -667,7 +667,6 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Held-out MLM loss and probe P@1, without injection and with lambda = 0."""
         stack_dump.rearm()
-        self.model.eval()
         values = evaluate_heldout(self.engine.module, self.heldout, self.device, self.control)
         values |= evaluate_probes(
             self.engine.module,
@@ -677,7 +676,6 @@ class Trainer:
             world_size=self.world.size,
             group=self.control,
         )
-        self.model.train()
         self._evaluated = self.state.step
         self._write_metrics(values)
         logger.info(

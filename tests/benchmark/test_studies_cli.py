@@ -12,9 +12,9 @@ from tiny_corpus import write_tiny_corpus
 
 from trelm_ds.benchmark.cli import main
 from trelm_ds.benchmark.results import read_result
-from trelm_ds.benchmark.runner import read_history
 from trelm_ds.benchmark.sweep import named_sweep
 from trelm_ds.errors import ConfigError
+from trelm_ds.metrics import read_metrics
 from trelm_ds.stopping import StopRequest
 
 TINY = [
@@ -121,7 +121,7 @@ def test_a_whole_study_stopped_once(repo, data, tmp_path):
     argv = command(repo, *argv)
     process = subprocess.Popen(argv, env=environment(repo), stderr=subprocess.PIPE, text=True)
     third = folder / "runs" / "dkplm" / "lr_0.004" / "seed_1"
-    while process.poll() is None and len(read_history(third / "metrics.jsonl")) < 3:
+    while process.poll() is None and len(read_metrics(third / "metrics.jsonl")) < 3:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
@@ -143,7 +143,7 @@ def test_a_whole_study_stopped_once(repo, data, tmp_path):
     assert sum(r["chosen"] for r in result["runs"]) == 4
     for run in (folder / "runs").glob("[dt]*/*/*"):
         steps = [
-            row["step"] for row in read_history(run / "metrics.jsonl") if "eval/mlm_loss" in row
+            row["step"] for row in read_metrics(run / "metrics.jsonl") if "eval/mlm_loss" in row
         ]
         assert steps == [0, 50, 100, 150]
     assert (folder / "report.html").is_file()

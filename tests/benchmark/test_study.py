@@ -14,6 +14,7 @@ from trelm_ds.benchmark.arms import Arm
 from trelm_ds.benchmark.runner import RunFailed, slots
 from trelm_ds.benchmark.study import MANY_STEPS, Budget, Race, Start, Study
 from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.metrics import read_metrics
 from trelm_ds.stopping import StopRequest
 
 ARMS = [Arm("a", "dkplm"), Arm("b", "mlm")]
@@ -165,7 +166,7 @@ def test_a_stopped_study_resumes_its_half_finished_run(study, starts, monkeypatc
     monkeypatch.setenv("FAKE_STEP_S", "0")
     assert study(steps=(200,)).run(StopRequest())
     assert starts()[:2] == ["a/lr_0.001/seed_1"] * 2 and len(starts()) == 7
-    rows = runner.read_history(metrics)
+    rows = read_metrics(metrics)
     assert len(rows) == 201 + 1  # went on at the step it had reached, not at the start
     assert rows[reached + 1]["step"] == reached
 

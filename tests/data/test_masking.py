@@ -11,7 +11,7 @@ SPECIAL = np.arange(V) < 5
 
 
 def masker(probability=0.15, mention_probability=None) -> Masker:
-    return Masker(V, SPECIAL, MASK, probability, mention_probability)
+    return Masker(SPECIAL, MASK, probability, mention_probability)
 
 
 def sequence(seed, length=128) -> np.ndarray:
@@ -48,7 +48,7 @@ def test_shares_of_targets_and_of_what_happens_to_them():
 
 
 def test_replacements_are_uniform_over_the_ordinary_tokens():
-    small = Masker(12, np.arange(12) < 5, MASK, 1.0)
+    small = Masker(np.arange(12) < 5, MASK, 1.0)
     found = np.zeros(12)
     ids = np.full(2000, 11, dtype=np.int32)
     for i in range(50):

@@ -24,7 +24,7 @@ import trelm_ds
 from trelm_ds.benchmark.results import write_json
 from trelm_ds.config import Config
 from trelm_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, ConfigError, TrelmError
-from trelm_ds.metrics import format_duration
+from trelm_ds.metrics import format_duration, read_metrics
 from trelm_ds.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -303,25 +303,13 @@ class Runner:
         logger.info("%d run(s) left, eta %s", waiting + len(under_way), eta)
 
 
-def read_history(path: Path) -> list[dict]:
-    """The lines of ``metrics.jsonl``; a last line that is still being written is left out."""
-    lines = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                continue
-    return lines
-
-
 def collect(run: Run, failure: str | None = None) -> dict:
     """What a report needs to know of a finished run; the folder's ``result.json``.
 
     ``cost`` is the mean over the logged intervals but the first, which holds warm-up; seconds per
     step of the training clock.
     """
-    history = read_history(run.folder / "metrics.jsonl")
+    history = read_metrics(run.folder / "metrics.jsonl")
     evaluations = [
         {key: row[key] for key in row if key in ("step", "time_s") or key.startswith("eval/")}
         for row in history
@@ -360,7 +348,7 @@ def collect(run: Run, failure: str | None = None) -> dict:
 
 
 def _progress(run: Run) -> str:
-    history = read_history(run.folder / "metrics.jsonl")
+    history = read_metrics(run.folder / "metrics.jsonl")
     train = run.config.train
     if not history:
         return "starting"
@@ -371,7 +359,7 @@ def _progress(run: Run) -> str:
 
 def _share(run: Run) -> float:
     """How much of a run's budget is spent, in [0, 1]."""
-    last = next(reversed(read_history(run.folder / "metrics.jsonl")), {"step": 0, "time_s": 0.0})
+    last = next(reversed(read_metrics(run.folder / "metrics.jsonl")), {"step": 0, "time_s": 0.0})
     train = run.config.train
     by_clock = 0.0 if train.max_hours is None else last["time_s"] / (train.max_hours * 3600)
     return min(1.0, max(last["step"] / train.max_steps, by_clock))

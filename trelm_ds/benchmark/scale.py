@@ -24,6 +24,7 @@ from trelm_ds.benchmark.processes import run_on_ranks
 from trelm_ds.benchmark.results import require_folder, require_positive, write_json, write_result
 from trelm_ds.config import Config, load_config
 from trelm_ds.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, ConfigError
+from trelm_ds.metrics import read_metrics
 from trelm_ds.pretrain import data_folder
 from trelm_ds.stopping import StopRequest
 
@@ -134,7 +135,7 @@ def measure_run(
             if code == EXIT_BAD_INPUT:
                 raise ConfigError(said.removeprefix("error: "))
             raise runner.RunFailed(f"a run on {len(shares)} rank(s) ended with code {code}: {said}")
-        history = runner.read_history(output / "metrics.jsonl")
+        history = read_metrics(output / "metrics.jsonl")
     logged = [row for row in history if "throughput/step_s" in row]
     pairs = list(zip(logged, logged[1:], strict=False))
     seconds = [after["time_s"] - before["time_s"] for before, after in pairs]

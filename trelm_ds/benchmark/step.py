@@ -135,7 +135,7 @@ def synthetic_batch(shapes: Shapes, config: Config, vocab_size: int, tables) -> 
     """A micro-batch of full-length sequences with mentions, injection, masks and triples."""
     rng = np.random.default_rng(1)
     special = SPECIAL.is_special(vocab_size)
-    masker = Masker(vocab_size, special, SPECIAL.mask, config.data.mlm_probability)
+    masker = Masker(special, SPECIAL.mask, config.data.mlm_probability)
     collator = Collator(SPECIAL, 8, shapes.sequence_length, config.decoding.max_tokens, tables)
     examples = []
     for position in range(shapes.batch_size):

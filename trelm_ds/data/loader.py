@@ -55,22 +55,6 @@ _HELDOUT_MLM_PROBABILITY = 0.15
 HELDOUT_BATCH = 32  # sequences that `train.eval_batches` counts by
 
 
-def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """Accumulation steps that make a global batch of ``global_batch`` sequences.
-
-    Raises:
-        ConfigError: no whole number of them does.
-    """
-    steps, rest = divmod(global_batch, micro_batch * world_size)
-    if rest or not steps:
-        raise ConfigError(
-            f"a global batch of {global_batch} sequences cannot be formed by {world_size} ranks "
-            f"with train.per_device_train_batch_size {micro_batch}: it is not a multiple of "
-            f"{micro_batch * world_size}"
-        )
-    return steps
-
-
 def _open_split(
     config: Config,
     data_dir: str | Path,
@@ -337,7 +321,6 @@ class StepLoader:
             config,
             reader,
             Masker(
-                vocab_size,
                 special.is_special(vocab_size),
                 special.mask,
                 config.data.mlm_probability,
@@ -468,9 +451,7 @@ def heldout_batches(
     reader, manifest = _open_split(config, data_dir, graph, tables, split, verify=True)
     vocab_size = manifest["tokenizer"]["vocab_size"]
     special = SpecialTokens.load(data_dir, vocab_size)
-    masker = Masker(
-        vocab_size, special.is_special(vocab_size), special.mask, _HELDOUT_MLM_PROBABILITY
-    )
+    masker = Masker(special.is_special(vocab_size), special.mask, _HELDOUT_MLM_PROBABILITY)
     collator = Collator(
         special, config.data.pad_to_multiple_of, config.data.max_seq_length, 0, tables
     )

@@ -13,7 +13,6 @@ class Masker:
     """Chooses MLM targets and corrupts them.
 
     Args:
-        vocab_size: V.
         is_special: bool [V]; such tokens are neither targets nor random replacements.
         mask_token_id: id written over 80% of the targets.
         probability: share of text tokens that become targets.
@@ -23,7 +22,6 @@ class Masker:
 
     def __init__(
         self,
-        vocab_size: int,
         is_special: np.ndarray,
         mask_token_id: int,
         probability: float,

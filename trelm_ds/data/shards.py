@@ -25,7 +25,7 @@ import numpy as np
 
 from trelm_ds.data.schema import MAX_SAMPLE_BYTES, Sample, decode_sample, encode_sample
 from trelm_ds.errors import DataError
-from trelm_ds.files import try_again, write_text
+from trelm_ds.files import fsync, try_again, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -280,9 +280,7 @@ class ShardSetWriter:
                     self._finish_shard()
                 for name in self._names():
                     os.replace(self._temporary(name), self._folder / name)
-                folder = os.open(self._folder, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
+                fsync(self._folder)
             except BaseException:
                 self.discard()
                 raise

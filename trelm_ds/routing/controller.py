@@ -53,8 +53,6 @@ def refuse_unsupported(config: Config, zero_stage: int) -> None:
             f"{what} re-runs single layers, which ZeRO-3's partitioned parameters do not allow: "
             "use ZeRO stage 0, 1 or 2, or routing.form block or in_backward without audits"
         )
-    if routing.form == "block" and routing.paths == "full":
-        raise ConfigError("routing.form block keeps whole neurons: use routing.paths mid with it")
     needs_decoding = (
         integrates
         or routing.form == "activation"

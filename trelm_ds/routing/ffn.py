@@ -426,20 +426,3 @@ def to_hf_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Ten
         else:
             result[name] = tensor
     return result
-
-
-def from_hf_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of :func:`to_hf_state_dict`."""
-    result = {}
-    for name, tensor in state_dict.items():
-        stem, _, kind = name.rpartition(".dense.")
-        layer, _, part = stem.rpartition(".")
-        # attention.output.dense has the same ending, but no intermediate beside it
-        if part == "intermediate":
-            result[f"{layer}.output.dense.up_{kind}"] = tensor
-        elif part == "output" and f"{layer}.intermediate.dense.weight" in state_dict:
-            down = tensor.t().contiguous() if kind == "weight" else tensor
-            result[f"{layer}.output.dense.down_{kind}"] = down
-        else:
-            result[name] = tensor
-    return result
