@@ -8,7 +8,7 @@ import torch
 from trelm_ds import engine, pretrain
 from trelm_ds.config import build_config
 from trelm_ds.distributed import World, report_once
-from trelm_ds.errors import ConfigError, DataError, everywhere
+from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.trainer import Trainer
 
 
@@ -54,8 +54,8 @@ def test_ranks_have_the_same_operators(monkeypatch, loaded, refused):
     [
         (ConfigError("a"), False, ""),  # as on rank 0, which says it
         (DataError("a"), True, "error on rank 1: a"),
-        (everywhere(DataError("a")), True, ""),
-        (everywhere(ConfigError("a\nb"), False), False, "error on rank 1: a b"),
+        (DataError("a", everywhere=True), True, ""),
+        (ConfigError("a\nb", everywhere=False), False, "error on rank 1: a b"),
     ],
 )
 def test_an_error_is_said_once_and_by_a_rank_that_has_it(monkeypatch, capsys, error, met, said):

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trelm_ds.distributed import World, barrier, first_problem, gather_objects, write_together
-from trelm_ds.errors import CheckpointError, WriteError, everywhere
+from trelm_ds.errors import CheckpointError, WriteError
 from trelm_ds.files import file_sha256, fsync, write_text
 from trelm_ds.metrics import read_metrics
 from trelm_ds.reshard import universal_checkpoint
@@ -267,12 +267,11 @@ class Checkpointer:
             names, traces = gather_objects((names, traces), self._group)[0]  # as rank 0 sees it
             candidates = [Path(name) for name in names]
             if traces:
-                raise everywhere(
-                    CheckpointError(
-                        f"no checkpoint to resume from: {' and '.join(traces)}, but no step_* "
-                        f"folder is in {self.folder}: bring it back, or start afresh with another "
-                        "--output_dir or after removing what tells of it"
-                    )
+                raise CheckpointError(
+                    f"no checkpoint to resume from: {' and '.join(traces)}, but no step_* "
+                    f"folder is in {self.folder}: bring it back, or start afresh with another "
+                    "--output_dir or after removing what tells of it",
+                    everywhere=True,
                 )
             if not candidates:
                 return None

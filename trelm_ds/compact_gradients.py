@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from trelm_ds.distributed import has_peers
 from trelm_ds.errors import ConfigError
 from trelm_ds.routing.controller import RoutingController
 from trelm_ds.routing.paths import LayerPaths
@@ -82,7 +82,7 @@ class CompactGradients:
         itemsize = torch.empty((), dtype=self._engine.communication_data_type).element_size()
         self._bytes += itemsize * sum(part.numel() for part in parts)
         self._steps += 1
-        if dist.get_world_size() > 1:
+        if has_peers():
             self._engine.buffered_allreduce_fallback(grads=parts)
             for gradient, kind, paths, part in copies:
                 _put(gradient, kind, paths, part)

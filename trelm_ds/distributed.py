@@ -23,7 +23,6 @@ from trelm_ds.errors import (
     DataError,
     TrelmError,
     WriteError,
-    everywhere,
     exit_code,
     report,
 )
@@ -108,9 +107,14 @@ def is_initialised() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def world_size(group=None) -> int:
+    """Ranks of the group, or of the job; 1 before they have met."""
+    return dist.get_world_size(group) if is_initialised() else 1
+
+
 def has_peers() -> bool:
     """Whether this process has met others in its job."""
-    return is_initialised() and dist.get_world_size() > 1
+    return world_size() > 1
 
 
 DEFAULT_TIMEOUT_MINUTES = 30  # a rank that stops answering ends the job after this
@@ -154,7 +158,7 @@ def gather_vector(values: list[float], group=None) -> torch.Tensor:
     mine = torch.tensor(values, dtype=torch.float64)
     if not has_peers():
         return mine[None]
-    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    rows = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(rows, mine, group=group)
     return torch.stack(rows)
 
@@ -163,7 +167,7 @@ def gather_objects(value, group=None) -> list:
     """``value`` of every rank, in rank order (small, JSON-like objects only)."""
     if not has_peers():
         return [value]
-    values = [None] * dist.get_world_size()
+    values = [None] * world_size()
     dist.all_gather_object(values, value, group=group)
     return values
 
@@ -193,7 +197,7 @@ def write_together(what: str, group=None):
         # RuntimeError: what torch.save raises
         problem = f"{type(error).__name__}: {error}"
     if problem := first_problem(problem, group):
-        raise everywhere(WriteError(f"{what}: {problem}"))
+        raise WriteError(f"{what}: {problem}", everywhere=True)
 
 
 def together(work: Callable[[], object], group=None) -> list:
@@ -210,16 +214,18 @@ def together(work: Callable[[], object], group=None) -> list:
             raise
         problem = str(error)
     if problem := first_problem(problem, group):
-        raise everywhere(DataError(problem))
+        raise DataError(problem, everywhere=True)
     return gather_objects(value, group)
 
 
 def report_once(error: Exception) -> int:
     """``report`` for ranks: by rank 0 alone where all of them fail alike (``TrelmError``)."""
     rank, alike = os.environ.get("RANK", "0"), getattr(error, "everywhere", None)
+    if alike is None:
+        alike = not is_initialised()
     if rank == "0":
         report(error)
-    elif not (not is_initialised() if alike is None else alike):
+    elif not alike:
         report(error, f"error on rank {rank}")
     return exit_code(error)
 

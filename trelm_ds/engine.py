@@ -16,7 +16,7 @@ import torch
 
 from trelm_ds.config import Config
 from trelm_ds.distributed import World, timeout
-from trelm_ds.errors import ConfigError, everywhere, one_line
+from trelm_ds.errors import ConfigError, one_line
 from trelm_ds.gradient_checks import batch_gradient_checks
 
 logger = logging.getLogger(__name__)
@@ -159,22 +159,18 @@ def local_device(world: World) -> torch.device:
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if world.local_rank >= count:
-            raise everywhere(
-                ConfigError(
-                    f"local rank {world.local_rank} has no GPU: this machine shows {count}"
-                ),
-                False,
+            raise ConfigError(
+                f"local rank {world.local_rank} has no GPU: this machine shows {count}",
+                everywhere=False,
             )
         return torch.device("cuda", world.local_rank)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if NVIDIA_DEVICE.exists() and not hidden and os.environ.get("DS_ACCELERATOR") != "cpu":
-        raise everywhere(
-            ConfigError(
-                f"{platform.node()} has an NVIDIA GPU but torch sees none: its build does not fit "
-                "the driver, or the GPU is not this process's; to train on the CPU set "
-                "CUDA_VISIBLE_DEVICES="
-            ),
-            False,
+        raise ConfigError(
+            f"{platform.node()} has an NVIDIA GPU but torch sees none: its build does not fit "
+            "the driver, or the GPU is not this process's; to train on the CPU set "
+            "CUDA_VISIBLE_DEVICES=",
+            everywhere=False,
         )
     return torch.device("cpu")
 

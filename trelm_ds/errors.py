@@ -20,7 +20,10 @@ class TrelmError(Exception):
     """
 
     exit_code = EXIT_BAD_INPUT
-    everywhere: bool | None = None
+
+    def __init__(self, message: str, everywhere: bool | None = None):
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 class ConfigError(TrelmError):
@@ -39,12 +42,6 @@ class WriteError(TrelmError):
     """A run cannot write what it has to: a full disk is no one's bad input."""
 
     exit_code = EXIT_FAILED
-
-
-def everywhere(error: TrelmError, value: bool = True) -> TrelmError:
-    """The error, marked as raised by all ranks alike, or by this one alone."""
-    error.everywhere = value
-    return error
 
 
 def one_line(error: Exception, limit: int = 300) -> str:

@@ -29,7 +29,6 @@ from trelm_ds.errors import (
     ConfigError,
     DataError,
     TrelmError,
-    everywhere,
 )
 
 logger = logging.getLogger(__name__)
@@ -267,11 +266,10 @@ def _refuse_mixed_kernels(mine: bool) -> None:
     loaded = gather_objects(mine)
     without = [str(rank) for rank, served in enumerate(loaded) if not served]
     if 0 < len(without) < len(loaded):
-        raise everywhere(
-            ConfigError(
-                f"the C++ kernels cannot be built on rank(s) {', '.join(without)}: give their "
-                "machines a compiler, or set TRELM_KERNELS=0 for all"
-            )
+        raise ConfigError(
+            f"the C++ kernels cannot be built on rank(s) {', '.join(without)}: give their "
+            "machines a compiler, or set TRELM_KERNELS=0 for all",
+            everywhere=True,
         )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trelm_ds.distributed import World, barrier, first_problem
-from trelm_ds.errors import CheckpointError, everywhere
+from trelm_ds.errors import CheckpointError
 
 _WORKERS = 4  # processes that convert files side by side
 _CONVERTED = {"exp_avg", "exp_avg_sq", "step"}  # of a parameter's optimizer state
@@ -72,15 +72,14 @@ def universal_checkpoint(
         CheckpointError: on all ranks, where it cannot be converted or would lose something.
     """
     if lost := _what_is_lost(engine, truncated):
-        raise everywhere(
-            CheckpointError(
-                f"{checkpoint} can be resumed on its own number of ranks only: its universal form "
-                f"would lose {lost}"
-            )
+        raise CheckpointError(
+            f"{checkpoint} can be resumed on its own number of ranks only: its universal form "
+            f"would lose {lost}",
+            everywhere=True,
         )
     problem = _convert(checkpoint, folder) if world.is_main else None
     if problem := first_problem(problem, group):
-        raise everywhere(CheckpointError(f"{checkpoint} cannot be converted: {problem}"))
+        raise CheckpointError(f"{checkpoint} cannot be converted: {problem}", everywhere=True)
     # Under ZeRO 3 it gives all groups the first one's settings: weight decay, what is routed.
     groups = engine.optimizer.param_groups
     settings = [{k: v for k, v in part.items() if k != "params"} for part in groups]

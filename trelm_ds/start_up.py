@@ -8,7 +8,7 @@ from pathlib import Path
 from trelm_ds.config import Config
 from trelm_ds.data.tokenizer import tokenizer_digest
 from trelm_ds.distributed import first_problem, gather_objects
-from trelm_ds.errors import DataError, everywhere
+from trelm_ds.errors import DataError
 from trelm_ds.knowledge.entity_samples import EntitySamples, index_entity_samples, is_indexed
 from trelm_ds.knowledge.graph import graph_digest, tables_digest
 
@@ -64,11 +64,11 @@ def check_knowledge(data_dir: Path, manifest: dict, world, group) -> str:
     looked = gather_objects((digest, problem), group)
     for _, problem in looked:
         if problem:
-            raise everywhere(DataError(problem))
+            raise DataError(problem, everywhere=True)
     digests = {digest for digest, _ in looked if digest is not None}
     if len(digests) > 1:
         problem = f"{data_dir}/tables: not the same on every machine: copy one to all"
-        raise everywhere(DataError(problem))
+        raise DataError(problem, everywhere=True)
     return digests.pop()
 
 
@@ -101,5 +101,5 @@ def ensure_entity_samples(
             except (DataError, OSError) as error:
                 problem = str(error)
     if problem := first_problem(problem, group):
-        raise everywhere(DataError(problem))
+        raise DataError(problem, everywhere=True)
     return EntitySamples.load(data_dir)

@@ -41,7 +41,7 @@ from trelm_ds.distributed import (
     write_together,
 )
 from trelm_ds.engine import gathered
-from trelm_ds.errors import DataError, WriteError, everywhere
+from trelm_ds.errors import DataError, WriteError
 from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
 from trelm_ds.export import export_model, last_evaluation
 from trelm_ds.hard_negatives import HardNegatives
@@ -433,7 +433,7 @@ class Trainer:
             self.evaluate()
         self.save()
         if problem := first_problem(None if damage is None else str(damage), self.control):
-            raise everywhere(DataError(f"{problem}; step {self.state.step} is saved"))
+            raise DataError(f"{problem}; step {self.state.step} is saved", everywhere=True)
         return not stopped
 
     def _plan(self, micro_batches: list) -> tuple[StepPlan, bool]:
@@ -617,7 +617,7 @@ class Trainer:
                 self._failed_saves += 1
             count = f"{self._failed_writes[what]} of {MAX_FAILED_WRITES} {what} in a row failed"
             if self._failed_writes[what] == MAX_FAILED_WRITES:
-                raise everywhere(WriteError(f"{error}; {count}")) from None
+                raise WriteError(f"{error}; {count}", everywhere=True) from None
             logger.warning("%s; %s, the run goes on", error, count)
         else:
             self._failed_writes[what] = 0

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trelm_ds.distributed import world_size
 from trelm_ds.errors import ConfigError
 from trelm_ds.optim import RoutedFragment
 
@@ -59,7 +60,7 @@ def routed_fragments(
             )
     overlap = _overlaps(fragments)
     table = torch.cat([found, wrong, torch.tensor([int(overlap)])]).to(engine.device)
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = world_size()
     if world > 1:
         dist.all_reduce(table)
     copies = 1 if engine.zero_optimization_stage() else world

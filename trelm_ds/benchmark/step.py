@@ -33,7 +33,7 @@ from trelm_ds.data.collate import Batch, Collator, Example
 from trelm_ds.data.masking import Masker
 from trelm_ds.data.sampling import SampledMentions
 from trelm_ds.data.special import SpecialTokens
-from trelm_ds.distributed import cpu_group, gather_vector
+from trelm_ds.distributed import cpu_group, gather_vector, world_size
 from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trelm_ds.metrics import peak_flops, peak_memory_gib, training_flops
 from trelm_ds.model import Normalizers, TrelmModel, build_backbone, parameter_groups
@@ -303,7 +303,7 @@ class StepBenchmark:
         dtype = torch.bfloat16 if shapes.dtype == "bf16" else torch.float32
         self.module = self.model.to(device=device, dtype=dtype).train()
         self.communication_data_type = dtype
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.world_size = world_size()
         self.control = cpu_group()
         batch = synthetic_batch(shapes, config, vocab_size, tables)
         counts = batch.counts()

@@ -17,7 +17,7 @@ import torch
 from trelm_ds.data.shards import ShardReader, load_manifest
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.distributed import ALONE, World, gather_objects, together
-from trelm_ds.errors import ConfigError, DataError, everywhere
+from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.files import write_text
 from trelm_ds.knowledge.graph import load_array, save_array
 
@@ -204,7 +204,7 @@ def score_importance(
     }
     identities = gather_objects(identity, group)
     if any(other != identities[0] for other in identities):
-        raise everywhere(ConfigError("importance: the ranks' models, data or settings differ"))
+        raise ConfigError("importance: the ranks' models, data or settings differ", everywhere=True)
     token_ids = _token_ids(data_dir, replacement)
     device = next(model.parameters()).device
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trelm_ds.distributed import is_initialised
+from trelm_ds.distributed import has_peers
 from trelm_ds.errors import CheckpointError
 
 _ONE = 2.0**40  # fixed point of a probability: 2^23 observations of an entity fit in a window
@@ -82,7 +82,7 @@ class KnowledgeState:
     def _gather(self) -> tuple[Tensor, Tensor]:
         """The window of all ranks, on the host: int64 [N] sums and counts."""
         total = torch.stack([self._sum.cpu(), self._seen.cpu().long()])
-        if is_initialised() and dist.get_world_size() > 1:
+        if has_peers():
             dist.all_reduce(total, group=self._group)
         return total[0], total[1]
 
