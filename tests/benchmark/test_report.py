@@ -11,6 +11,7 @@ from trelm_ds.benchmark.targets import (
     METRICS,
     convergence_rows,
     equal_time_rows,
+    other_targets,
     paired_ratios,
 )
 
@@ -40,6 +41,7 @@ def run(arm, seed, final, rate=0.001, status="done"):
         "failure": None if status == "done" else "TrainingError: not finite",
         "steps": 400,
         "budget": 400,
+        "ends_best": True,
         "time_s": 240.0,
         "cost": COST | {"time/attribution_s": 0.01, "data/wait_fraction": 0.05},
         "peak_memory_gib": 1.5,
@@ -83,12 +85,17 @@ def folder(tmp_path_factory):
     finals = {"trelm": 0.4, "trelm-no-memory": 0.3, "dkplm": 0.2, "slow": 0.1}
     chosen = [run(arm, seed, final) for seed in (1, 2) for arm, final in finals.items()]
     rows = convergence_rows(chosen, ["dkplm"], METRICS, 0.0)
+    better = run("dkplm", 1, 0.3, 0.5) | {"ends_best": False}
+    for row in better["evaluations"]:
+        row["eval/mlm_loss"] -= 0.5 * row["step"] / 400
+    first = [r for r in chosen if r["seed"] == 1] + [better]
     grid = [r | r["evaluations"][-1] | {"chosen": True} for r in chosen]
     grid += [run(arm, 1, 0.0, 0.5, "diverged") | {"chosen": False} for arm in finals]
     result = header("convergence") | {
         "rows": rows,
         "ratios": paired_ratios(rows),
         "equal_time": equal_time_rows(chosen, ["dkplm"]),
+        "other_targets": other_targets(first, ["dkplm"], 0.0),
         "downstream": [
             {"arm": arm, "seed": seed, "task": "typing open", "measure": "dev f1", "score": score}
             for arm, scores in (("trelm", (0.5, 0.7)), ("dkplm", (0.4, 0.4)))
@@ -130,6 +137,22 @@ def test_where_the_runs_ran_and_what_the_grid_does_not_settle(folder):
     assert "| abc; def |" in text and "| a processor, 2 cores, 1 thread(s) a run |" in text
     assert "of several commits or machines" in text and "taking turns" not in text
     assert "edge of the grid" in text and "dkplm (400: 0.001)" in text
+
+
+def test_a_rate_of_the_baseline_that_would_have_been_harder_is_named(folder):
+    text = (folder / "REPORT.md").read_text()
+    rows = table(text, "If a baseline's other rates set the target")
+    assert ["trelm", "dkplm", "[0.001]", "20.0 / 6.000", "1.12"] in rows, rows
+    assert ["trelm", "dkplm", "0.5", "30.0 / 5.500", "not reached (0/1)"] in rows, rows
+    assert "dkplm ends better in facts and in text at 0.5" in text
+
+
+def test_an_arm_that_diverged_at_every_rate_is_named(tmp_path):
+    chosen = [run("dkplm", seed, 0.2) for seed in (1, 2)]
+    result = header("convergence") | {"rows": [], "ratios": [], "equal_time": [], "runs": []}
+    write_report(tmp_path, result | {"study": STUDY | {"learning_rates": [0.001]}}, chosen, ROLES)
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "trelm diverged at every learning rate, and is in no table" in text
 
 
 def test_runs_that_diverged_are_in_no_mean(tmp_path):

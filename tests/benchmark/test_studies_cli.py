@@ -43,7 +43,7 @@ def test_a_plan_lists_the_runs_and_writes_nothing(data, tmp_path, capsys):
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "new       trelm lr 0.001 seed 1" and len(lines) == 5
-    assert lines[-1] == "then 4 more: each arm's best rate with seeds [2, 3]"
+    assert lines[-1] == "then up to 4 more: each arm's best rate with seeds [2, 3]"
     assert not (tmp_path / "s").exists()
 
 

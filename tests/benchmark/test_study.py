@@ -13,6 +13,7 @@ from trelm_ds.benchmark import runner
 from trelm_ds.benchmark.arms import Arm
 from trelm_ds.benchmark.runner import RunFailed, slots
 from trelm_ds.benchmark.study import MANY_STEPS, Budget, Race, Start, Study
+from trelm_ds.benchmark.targets import Metric, convergence_rows, paired_ratios
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.metrics import read_metrics
 from trelm_ds.stopping import StopRequest
@@ -92,29 +93,50 @@ def test_the_grid_is_searched_with_one_seed_and_the_best_rate_gets_the_others(st
     assert not list(declared.folder.rglob("checkpoints"))  # of finished runs
 
 
-def test_a_race_chooses_the_rate_that_is_first_at_the_target(study, starts):
+def test_a_race_adds_the_rate_that_is_first_at_the_target(study, starts):
     """`a` sets the target with the rate that ends best; `b` is there first with another one."""
     rates = (0.001, 0.002, 0.004, 1.0)
     declared = study(rates=rates, steps=(4, 2))
     assert declared.run(StopRequest())
-    assert declared.best_rates() == dict.fromkeys([(n, s) for n in "ab" for s in (4, 2)], 0.002)
+    assert declared.best_rates() == dict.fromkeys([(n, s) for n in "ab" for s in (4, 2)], (0.002,))
     _rewrite(declared, "b", 0.004, 4, [0.0, 0.95, 0.95, 0.95, 0.95], [9.0, 7.0, 7.0, 8.1, 8.1])
     _rewrite(declared, "b", 0.002, 4, [0.0, 0.5, 0.9, 1.0, 1.0], [9.0, 9.0, 9.0, 8.0, 8.0])
     _rewrite(declared, "a", 0.001, 2, [0.0, 1.0, 1.0], [9.0, 8.0, 8.0])
     declared.race = Race(["a"], 0.1)
     # `b` at 0.004 has facts and text after two steps and loses the text again: first is first.
     assert declared.best_rates() == {
-        ("a", 4): 0.002, ("b", 4): 0.004, ("a", 2): 0.001, ("b", 2): 0.002,
+        ("a", 4): (0.002,), ("b", 4): (0.002, 0.004), ("a", 2): (0.001,), ("b", 2): (0.002,),
     }  # fmt: skip
+    assert [r.learning_rate for r in declared.chosen() if r.seed == 1] == [0.002, 0.002]
     # Nobody gets there: the end decides.
     _rewrite(declared, "a", 0.002, 4, [0.0, 2.0, 2.0, 2.0, 2.0], [9.0, 1.0, 1.0, 1.0, 1.0])
-    assert declared.best_rates()["b", 2] == 0.002
+    assert declared.best_rates()["b", 2] == (0.002,)
 
 
-def _rewrite(study, arm, rate, steps, p1, loss):
+def test_an_arm_gains_nothing_in_a_race_over_its_own_copy(study):
+    """The rate that ends best is late at the target: the quick one is the baseline's too."""
+    late = [0.0, 0.1, 0.2, 0.9, 1.0], [9.0, 9.0, 9.0, 8.5, 8.0]
+    quick = [0.0, 0.95, 0.95, 0.95, 0.95], [9.0, 8.0, 8.0, 8.0, 8.0]
+    for seed in (1, 2):
+        declared = study(seeds=(1, 2)[:seed])
+        declared.race = Race(["a"], 0.1)
+        assert declared.run(StopRequest())
+        for name in "ab":
+            _rewrite(declared, name, 0.001, 4, *quick, seed=seed)
+            _rewrite(declared, name, 0.002, 4, *late, seed=seed)
+    results, _ = declared.results()
+    assert {(r["arm"], r["learning_rate"], r["seed"]) for r in results} == {
+        (name, rate, seed) for name in "ab" for rate in (0.001, 0.002) for seed in (1, 2)
+    }
+    rows = convergence_rows(results, ["a"], (Metric("eval/select_p1", "P@1"),), 0.1)
+    assert {row["target"] for row in rows if row["metric"] == "eval/select_p1"} == {0.9}
+    assert {row["method"]: row["time_ratio"] for row in paired_ratios(rows)} == {"a": 1.0, "b": 1.0}
+
+
+def _rewrite(study, arm, rate, steps, p1, loss, seed=1):
     """Puts other curves into a finished run."""
     (arm,) = (a for a in study.arms if a.name == arm)
-    path = study.declare(arm, rate, 1, Budget(steps=steps)).folder / "result.json"
+    path = study.declare(arm, rate, seed, Budget(steps=steps)).folder / "result.json"
     result = json.loads(path.read_text())
     result["evaluations"] = [
         {"step": i, "time_s": i / 2, "eval/select_p1": p, "eval/mlm_loss": m}
@@ -216,7 +238,7 @@ def test_divergence_is_a_result_and_is_not_chosen(study, starts):
     assert declared.run(StopRequest())
     grid = {(r["arm"], r["learning_rate"]): r for r in declared.results()[1]}
     assert grid["a", 0.5]["status"] == "diverged" and "not finite" in grid["a", 0.5]["failure"]
-    assert declared.best_rates() == {("a", 4): 0.002, ("b", 4): 0.002}
+    assert declared.best_rates() == {("a", 4): (0.002,), ("b", 4): (0.002,)}
     before = len(starts())
     assert study(rates=(0.5, 0.002)).run(StopRequest())  # nor is it tried again
     assert len(starts()) == before

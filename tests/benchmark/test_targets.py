@@ -4,6 +4,7 @@ import pytest
 
 from trelm_ds.benchmark.report import ratio_cell
 from trelm_ds.benchmark.targets import (
+    JOINT,
     METRICS,
     Metric,
     Point,
@@ -12,6 +13,7 @@ from trelm_ds.benchmark.targets import (
     convergence_rows,
     curve,
     equal_time_rows,
+    other_targets,
     paired_ratios,
     reach,
     reach_all,
@@ -33,6 +35,7 @@ def result(arm, seed, p1, *, seconds=10.0, loss=None, rate=1e-3, step=100, budge
         for i, (v, m) in enumerate(zip(p1, loss, strict=True))
     ]
     row = {"arm": arm, "seed": seed, "learning_rate": rate, "status": "done", "budget": budget}
+    row["ends_best"] = True
     return row | {"evaluations": evaluations}
 
 
@@ -312,6 +315,63 @@ def test_of_several_budgets_the_first_to_get_there_counts_for_the_baseline_too()
     rows = convergence_rows(results, ["dkplm"], [P1], 0.0)
     found = next(r for r in rows if (r["method"], r["metric"]) == ("fast", P1.key))
     assert (found["budget"], found["steps"]) == (400, 300)
+
+
+def test_of_several_rates_the_one_that_ends_best_sets_the_target_and_each_may_be_first():
+    quick = {"rate": 4e-3, "loss": [8.0, 6.0, 6.0]}
+    results = [
+        result("dkplm", 1, [0.0, 0.1, 0.2], loss=[8.0, 7.0, 6.0]),
+        result("dkplm", 1, [0.0, 0.2, 0.2], **quick) | {"ends_best": False},
+        result("same", 1, [0.0, 0.1, 0.2], loss=[8.0, 7.0, 6.0]),
+        result("same", 1, [0.0, 0.2, 0.2], **quick) | {"ends_best": False},
+    ]
+    rows, ratios = ratios_of(results, ["dkplm"])
+    assert {(r["steps"], r["learning_rate"]) for r in rows if r["metric"] == P1.key} == {
+        (100, 4e-3)
+    }
+    assert all(ratio["time_ratio"] == 1.0 for ratio in ratios.values())
+
+
+def test_a_baseline_that_diverged_at_the_largest_budget_sets_no_target():
+    results = [
+        result("dkplm", 1, [0.0, 0.1, 0.2], budget=200),
+        result("trelm", 1, [0.0, 0.1, 0.2, 0.3, 0.4], budget=400),
+    ]
+    assert not convergence_rows(results, ["dkplm"], [P1])
+    results.append(result("dkplm", 1, [0.0, 0.1], budget=400) | {"status": "diverged"})
+    assert not convergence_rows(results, ["dkplm"], [P1])
+    assert not equal_time_rows(results, ["dkplm"], [P1])
+
+
+def test_text_losses_at_the_target_are_those_of_the_same_seeds():
+    results = [
+        result("dkplm", 1, [0.0, 0.1, 0.2], loss=[8.0, 6.0, 4.0]),
+        result("dkplm", 2, [0.0, 0.1, 0.2], loss=[8.0, 7.0, 6.0]),
+        result("dkplm", 3, [0.0, 0.1, 0.2], loss=[8.0, 7.0, 6.0]),
+        result("trelm", 1, [0.0, 0.2, 0.2], loss=[8.0, 4.5, 4.5]),
+        result("trelm", 2, [0.0, 0.0, 0.1]),
+        result("trelm", 3, [0.0, 0.0, 0.1]),
+    ]
+    _, ratios = ratios_of(results, ["dkplm"])
+    found = ratios["trelm", P1.key, "dkplm"]
+    assert (found["mlm_loss"], found["baseline_mlm_loss"]) == (4.5, 4.0)
+
+
+def test_every_rate_of_a_baseline_sets_a_target_once():
+    grid = [
+        result("dkplm", 1, [0.0, 0.1, 0.2], loss=[8.0, 7.0, 6.5]),
+        result("dkplm", 1, [0.0, 0.1, 0.4], rate=4e-3, loss=[8.0, 7.0, 6.0]) | {"ends_best": False},
+        result("trelm", 1, [0.0, 0.2, 0.4], loss=[8.0, 6.5, 6.0]),
+        result("trelm", 1, [0.0, 0.0, 0.0], rate=4e-3, loss=[8.0, 8.0, 8.0]),
+    ]
+    found = {row["learning_rate"]: row for row in other_targets(grid, ["dkplm"], 0.0)}
+    assert [(r["method"], r["metric"]) for r in found.values()] == [("trelm", JOINT[0].key)] * 2
+    chosen, other = found[1e-3], found[4e-3]
+    assert (chosen["chosen"], chosen["final"], chosen["final_mlm_loss"]) == (True, 0.2, 6.5)
+    # At 6.5 the baseline's other rate has half of its second hundred steps.
+    assert chosen["time_ratio"] == pytest.approx(100 / 150)
+    assert (other["chosen"], other["final"], other["final_mlm_loss"]) == (False, 0.4, 6.0)
+    assert other["time_ratio"] == pytest.approx(1.0)
 
 
 def test_at_equal_time_the_run_that_stands_best_by_other_facts_speaks():

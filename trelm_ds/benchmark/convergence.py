@@ -22,6 +22,7 @@ from trelm_ds.benchmark.targets import (
     METRICS,
     convergence_rows,
     equal_time_rows,
+    other_targets,
     paired_ratios,
 )
 from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
@@ -116,6 +117,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
         args.kind,
         rows,
         ratios=paired_ratios(rows),
+        other_targets=other_targets(every, baselines, args.tolerance),
         equal_time=equal_time_rows(chosen, baselines, select_by=study.select_by),
         runs=[summary(run) for run in every + [r for r in chosen if r not in every]],
         downstream=downstream,
@@ -150,6 +152,7 @@ def declaration(study: Study) -> dict:
         "budgets": [{"steps": b.steps, "hours": b.hours} for b in study.budgets],
         "select_by": study.select_by,
         "raced": study.race is not None,
+        "baselines_raced": study.race is not None,
         "settings": settings,
         "data": study.data_dir.name,
         "dataset_id": study.dataset_id,

@@ -37,7 +37,11 @@ def write_report(folder: Path, result: dict, chosen: Sequence[dict], roles: Stud
     document = Document(f"{result['kind'].capitalize()} study on {study['data']}")
     full = full_runs(chosen)
     _say_conditions(document, result)
+    for name in study["arms"]:
+        if name not in arms:
+            document.text(f"{name} diverged at every learning rate, and is in no table.")
     _say_ratios(document, result, arms)
+    _say_other_targets(document, result)
     _say_finals(document, chosen, arms, study)
     _say_equal_time(document, result, arms)
     _say_downstream(document, result, arms)
@@ -154,10 +158,12 @@ def _selection(study: dict) -> str:
     at_end = f"{study['select_by']} at the end of the first seed's run"
     if not study.get("raced"):
         return at_end
-    return (
-        f"the first seed's time to the baselines' targets, {study['select_by']} with the text "
-        f"kept; the baselines' largest runs, which set them, by {at_end}"
+    first = (
+        f"by the first seed's time to the baselines' targets, {study['select_by']} with the text"
     )
+    if not study.get("baselines_raced"):
+        return f"{first} kept; the baselines' largest runs, which set them, by {at_end} alone"
+    return f"{at_end}, and {first} kept: each arm has both, and the run that is there first counts"
 
 
 def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
@@ -230,19 +236,56 @@ def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
     )
 
 
+def _say_other_targets(document: Document, result: dict) -> None:
+    """What the choice of the baselines' rates makes of the first figure."""
+    rows = result.get("other_targets", [])
+    if all(row["chosen"] for row in rows):
+        return
+    document.heading("If a baseline's other rates set the target")
+    document.text(
+        f"{JOINT[0].label}, first seed: every rate of a baseline's grid sets a target once, and "
+        "the whole grid of each arm takes part. The one in brackets sets the targets above."
+    )
+    body = []
+    for row in rows:
+        rate = f"{row['learning_rate']:g}"
+        body.append(
+            [
+                row["method"],
+                row["baseline"],
+                f"[{rate}]" if row["chosen"] else rate,
+                f"{100 * row['final']:.1f} / {row['final_mlm_loss']:.3f}",
+                ratio_cell(row),
+            ]
+        )
+    document.table(["method", "baseline", "its lr", "its P@1 / MLM loss", "time ratio"], body)
+    for row in {(row["baseline"], row["learning_rate"]): row for row in rows}.values():
+        of_study = next((r for r in rows if r["baseline"] == row["baseline"] and r["chosen"]), None)
+        if of_study and not row["chosen"] and _better_in_both(row, of_study):
+            document.text(
+                f"**{row['baseline']} ends better in facts and in text at {row['learning_rate']:g} "
+                "than at the rate that sets its targets above**, which other facts chose."
+            )
+
+
+def _better_in_both(row: dict, other: dict) -> bool:
+    return row["final"] > other["final"] and row["final_mlm_loss"] < other["final_mlm_loss"]
+
+
 def _say_finals(document, chosen, arms, study) -> None:
     document.heading("Final scores")
     metrics = [m for m in METRICS if any(_final(r, m) is not None for r in chosen)]
     rows = []
     for arm in arms:
-        for budget in _budgets(chosen):
-            runs = [r for r in _done(chosen) if (r["arm"], r["budget"]) == (arm, budget)]
-            if not runs:
-                continue
+        of_arm = [r for r in _done(chosen) if r["arm"] == arm]
+        # Of each budget the rate that ends best, then the one that is first at the targets.
+        kinds = {(-r["budget"], not r["ends_best"], r["learning_rate"]) for r in of_arm}
+        for budget, _, rate in sorted(kinds):
+            runs = [r for r in of_arm if (-r["budget"], r["learning_rate"]) == (budget, rate)]
             rows.append(
                 [
                     arm,
-                    f"{runs[0]['learning_rate']:g}",
+                    f"{rate:g}",
                     *(_spread([_final(r, m) for r in runs], _form(m)) for m in metrics),
                     _spread([r["steps"] for r in runs], "{:.0f}".format),
                     _spread([r["time_s"] / 60 for r in runs], "{:.1f}".format),

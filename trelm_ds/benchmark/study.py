@@ -89,10 +89,11 @@ class Start:
 
 @dataclass(frozen=True)
 class Race:
-    """Choice of the learning rate by the time to the baselines' targets (``--select_by time``).
+    """A second rate of each arm, by the time to the baselines' targets (``--select_by time``).
 
     A rate that ends best is not the one that is first at a target: a high one learns the most facts
-    in the end, and has its text loss back late.
+    in the end, and has its text loss back late. Baselines have both as everybody: with one of them
+    alone, an arm would gain over its own copy.
 
     Attributes:
         baselines: arms whose largest runs, at the rate that ends best, set the targets.
@@ -117,7 +118,7 @@ class Study:
             and the one that sets targets.
         settings: flat configuration keys for every run, over the arms'.
         select_by: metric that chooses the learning rate by its value at the end of the run.
-        race: choose by time to target instead; the runs that set targets are chosen as before.
+        race: give each arm the rate that is first at the targets beside the one that ends best.
         start: trained first, from ``model.model_name_or_path`` of the settings or from scratch;
             None: the runs themselves begin there.
         export: runs of the largest budget leave a Hugging Face folder ``hf``.
@@ -189,17 +190,23 @@ class Study:
         """The runs of the first seed, arms inside: what is compared runs close in time."""
         return [run for _, run in self._grid()]
 
-    def best_rates(self) -> dict[tuple[str, float], float]:
-        """(arm, budget's size) -> learning rate, chosen by the first seed's runs."""
+    def best_rates(self) -> dict[tuple[str, float], tuple[float, ...]]:
+        """(arm, budget's size) -> the learning rates that the other seeds get, by the first's runs.
+
+        The one that ends best comes first; in a race the one that is first at the targets follows,
+        where it is another. An arm that diverged at all rates is not there.
+        """
         best = self._best_at_the_end()
-        return best if self.race is None else self._first_there(best)
+        first = {} if self.race is None else self._first_there(best)
+        return {
+            key: tuple(dict.fromkeys((rate, first.get(key, rate)))) for key, rate in best.items()
+        }
 
     def _first_there(self, best: dict[tuple[str, float], float]) -> dict[tuple[str, float], float]:
         """The rates that are first at the targets, ``select_by`` with the text kept.
 
-        Those of the baselines' largest runs stay: they set the targets. Of several targets the
-        more that are reached the better, then the less time to all of them together; where none
-        is, the end decides.
+        Of several targets the more that are reached the better, then the less time to all of them
+        together; where none is, the end decides.
         """
         full, goals = self.budgets[0].size, []
         metrics = (Metric(self.select_by, ""), METRICS[0])
@@ -217,17 +224,14 @@ class Study:
             times = [point.time_s for point in found if point is not None]
             return len(goals) - len(times), sum(times), *self._score(result), rate
 
-        chosen = {}
-        for budget in self.budgets:
-            for arm in self.arms:
-                if (arm.name, budget.size) in best:
-                    sets_targets = budget.size == full and arm.name in self.race.baselines
-                    chosen[arm.name, budget.size] = (
-                        best[arm.name, full]
-                        if sets_targets
-                        else min(standing(arm, budget, rate) for rate in self.learning_rates)[-1]
-                    )
-        return chosen
+        return {
+            (arm.name, budget.size): min(
+                standing(arm, budget, rate) for rate in self.learning_rates
+            )[-1]
+            for budget in self.budgets
+            for arm in self.arms
+            if (arm.name, budget.size) in best
+        }
 
     def _best_at_the_end(self) -> dict[tuple[str, float], float]:
         """By ``select_by`` at the end of the runs.
@@ -264,11 +268,11 @@ class Study:
     def _rest(self) -> list[tuple[Budget, Run]]:
         best = self.best_rates()
         return [
-            (budget, self.declare(arm, best[arm.name, budget.size], seed, budget))
+            (budget, self.declare(arm, rate, seed, budget))
             for seed in self.seeds[1:]
             for budget in self.budgets
             for arm in self.arms
-            if (arm.name, budget.size) in best
+            for rate in best.get((arm.name, budget.size), ())
         ]
 
     def rest(self) -> list[Run]:
@@ -276,10 +280,10 @@ class Study:
         return [run for _, run in self._rest()]
 
     def chosen(self) -> list[Run]:
-        """The finished runs of the largest budget at each arm's best rate, every seed."""
+        """The finished runs of the largest budget at the rate that ends best, every seed."""
         best, full = self.best_rates(), self.budgets[0]
         return [
-            self.declare(arm, best[arm.name, full.size], seed)
+            self.declare(arm, best[arm.name, full.size][0], seed)
             for arm in self.arms
             for seed in self.seeds
             if (arm.name, full.size) in best
@@ -287,8 +291,9 @@ class Study:
 
     @property
     def _later(self) -> int:
-        """Runs that follow the grid."""
-        return (len(self.seeds) - 1) * len(self.arms) * len(self.budgets)
+        """Runs that follow the grid, at most."""
+        rates = 1 if self.race is None else min(2, len(self.learning_rates))
+        return (len(self.seeds) - 1) * len(self.arms) * len(self.budgets) * rates
 
     def plan(self) -> list[str]:
         """One line a run that is known already, and how many follow."""
@@ -297,7 +302,7 @@ class Study:
         if all(run.state == "finished" for run in self.grid()):
             return lines + [f"{run.state:9} {run.name}" for run in self.rest()]
         return lines + [
-            f"then {self._later} more: each arm's best rate with seeds {self.seeds[1:]}"
+            f"then up to {self._later} more: each arm's best rate with seeds {self.seeds[1:]}"
         ]
 
     def run(
@@ -375,15 +380,20 @@ class Study:
     # -- what the runs say ----------------------------------------------------------------------
 
     def results(self) -> tuple[list[dict], list[dict]]:
-        """Results of the finished runs: those at each arm's chosen rate, and the whole grid's.
+        """Results of the finished runs: those at each arm's chosen rates, and the whole grid's.
 
-        ``budget`` is the steps or hours a run was given, ``chosen`` whether its rate is the one.
+        ``budget`` is the steps or hours a run was given, ``chosen`` whether its rate is one of
+        ``best_rates``, ``ends_best`` whether it is the first of them.
         """
         best = self.best_rates()
 
         def result(budget: Budget, run: Run) -> dict:
-            chosen = best.get((run.arm, budget.size)) == run.learning_rate
-            return run.result() | {"budget": budget.size, "chosen": chosen}
+            rates = best.get((run.arm, budget.size), ())
+            return run.result() | {
+                "budget": budget.size,
+                "chosen": run.learning_rate in rates,
+                "ends_best": run.learning_rate in rates[:1],
+            }
 
         every = [result(*pair) for pair in self._grid()]
         chosen = [r for r in every if r["chosen"]]

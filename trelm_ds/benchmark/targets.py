@@ -7,8 +7,8 @@ it is what was measured. A crossing may still be luck: ``held`` says whether the
 evaluation is at the target too.
 
 In the middle of a run the learning rate is high and the held-out loss with it. So an arm may have
-runs of several budgets, each with a whole schedule: its time to a target is that of whichever run
-gets there first, for the baselines as for everybody.
+runs of several budgets, each with a whole schedule, and of several learning rates: its time to a
+target is that of whichever run gets there first, for the baselines as for everybody.
 """
 
 from __future__ import annotations
@@ -166,15 +166,15 @@ def better_baseline(
 
 
 def full_runs(results: Sequence[dict]) -> list[dict]:
-    """The runs of the largest budget."""
+    """The runs of the largest budget at the rate that ends best, one for each arm and seed."""
     largest = max((r["budget"] for r in results), default=0)
-    return [r for r in results if r["budget"] == largest]
+    return [r for r in results if r["budget"] == largest and r["ends_best"]]
 
 
 def _by_run(results: Sequence[dict]) -> dict[tuple[str, int], list[dict]]:
-    """(arm, seed) -> its runs, the largest budget first."""
+    """(arm, seed) -> its runs: the largest budget first, and of that the rate that ends best."""
     found: dict[tuple[str, int], list[dict]] = {}
-    for result in sorted(results, key=lambda r: r["budget"], reverse=True):
+    for result in sorted(results, key=lambda r: (r["budget"], r["ends_best"]), reverse=True):
         found.setdefault((result["arm"], result["seed"]), []).append(result)
     return found
 
@@ -189,32 +189,32 @@ def convergence_rows(
 
     A run that diverged reaches nothing, also where its curve crossed the target before.
 
-    The target is that of the same seed's baseline in its run of the largest budget: the pair shares
-    its data order, and the baseline always reaches its own target, so that every ratio has a
-    denominator. Each accuracy has a second target, ``joint``: with the held-out MLM loss at the
-    baseline's final one, too.
+    The target is that of the same seed's baseline in its run of the largest budget at the rate that
+    ends best (``full_runs``; none where that diverged): the pair shares its data order, and the
+    baseline always reaches its own target, so that every ratio has a denominator. Each accuracy has
+    a second target, ``joint``: with the held-out MLM loss at the baseline's final one, too.
 
     Args:
-        results: finished runs at their arms' chosen rates (``Study.results``).
+        results: finished runs, with ``budget`` and ``ends_best`` (``Study.results``).
         baselines: arms that set targets.
         metrics: what targets are set for.
         tolerance: see ``target_of``.
     Returns:
         Rows with ``method``, ``seed``, ``metric``, ``baseline``, ``target``, ``reached``,
         ``time_s``, ``steps``, ``budget`` (of the run that got there first), ``held``, ``mlm_loss``
-        (at that moment), ``final`` (of the run of the largest budget) and ``learning_rate``; where
+        (at that moment), ``final`` (of the first of ``_by_run``) and ``learning_rate``; where
         the target was not reached, ``time_s``, ``steps``, ``budget``, ``held`` and ``mlm_loss``
         are None.
     """
     runs = _by_run(results)
+    references = {(run["arm"], run["seed"]): run for run in full_runs(results)}
     wanted = [(metric, [metric]) for metric in metrics]
     wanted += [(joint(m), [m, METRICS[0]]) for m in metrics if m.higher_is_better]
     rows = []
     for metric, parts in wanted:
         for baseline in baselines:
             for (arm, seed), of_arm in runs.items():
-                reference = runs.get((baseline, seed), [None])[0]
-                goals = goals_of(reference, parts, tolerance)
+                goals = goals_of(references.get((baseline, seed)), parts, tolerance)
                 full = curve(of_arm[0]["evaluations"], parts[0].key)
                 if not full or not goals:
                     continue
@@ -305,6 +305,7 @@ def paired_ratios(rows: Sequence[dict]) -> list[dict]:
         usable = [ratio for ratio in ratios if ratio is not None]
         counted = [row for (row, _), ratio in zip(pairs, ratios, strict=True) if ratio is not None]
         times = [ratio[0] for ratio in usable]
+        read = [pair for pair in pairs if None not in (pair[0]["mlm_loss"], pair[1]["mlm_loss"])]
         found.append(
             {
                 "method": method,
@@ -316,10 +317,9 @@ def paired_ratios(rows: Sequence[dict]) -> list[dict]:
                 "high": _finite(max(times, default=math.inf)),
                 "steps_ratio": _median([ratio[1] for ratio in usable]),
                 "step_time_ratio": _median([r[2] for r in usable if r[2] is not None]),
-                "mlm_loss": _median([r["mlm_loss"] for r, _ in pairs if r["mlm_loss"] is not None]),
-                "baseline_mlm_loss": _median(
-                    [own["mlm_loss"] for _, own in pairs if own["mlm_loss"] is not None]
-                ),
+                # Of the same pairs: those that were reached are not the median seeds.
+                "mlm_loss": _median([row["mlm_loss"] for row, _ in read]),
+                "baseline_mlm_loss": _median([own["mlm_loss"] for _, own in read]),
                 "pairs": len(pairs),
                 "reached": sum(row["reached"] for row in counted),
                 "held": sum(bool(row["held"]) for row in counted),
@@ -374,6 +374,42 @@ def _median(values: Sequence[float]) -> float | None:
     return _finite(statistics.median(values)) if values else None
 
 
+def other_targets(
+    grid: Sequence[dict], baselines: Sequence[str], tolerance: float = 0.02
+) -> list[dict]:
+    """The first seed's ratios, facts with the text kept, to what each baseline is at each rate.
+
+    The rate whose run sets the targets was chosen by facts alone, and by a quarter of them: another
+    may end with more text, or with both. Here every rate of a baseline sets a target once, and the
+    whole grid of each arm takes part.
+
+    Args:
+        grid: the first seed's runs at all rates, with ``budget`` and ``ends_best``.
+        baselines: arms that set targets.
+        tolerance: see ``target_of``.
+    Returns:
+        Rows of ``paired_ratios`` with ``learning_rate``, ``final_mlm_loss`` and ``final`` (P@1)
+        of the run that sets the target, and ``chosen``: whether it sets the study's.
+    """
+    found = []
+    largest = max((run["budget"] for run in grid), default=0)
+    for own in grid:
+        goals = goals_of(own, METRICS[:2], tolerance)
+        if own["arm"] not in baselines or own["budget"] != largest or not goals:
+            continue
+        results = [r | {"ends_best": r is own} if r["arm"] == own["arm"] else r for r in grid]
+        rows = convergence_rows(results, [own["arm"]], METRICS[:2], tolerance)
+        loss, facts = (_finished_curve(own, metric)[-1].value for metric in METRICS[:2])
+        about = {"learning_rate": own["learning_rate"], "chosen": own["ends_best"]}
+        about |= {"final_mlm_loss": loss, "final": facts}
+        found += [
+            ratio | about
+            for ratio in paired_ratios(rows)
+            if ratio["metric"] == JOINT[0].key and ratio["method"] != own["arm"]
+        ]
+    return found
+
+
 def equal_time_rows(
     results: Sequence[dict],
     baselines: Sequence[str],
@@ -392,6 +428,7 @@ def equal_time_rows(
         there had part of its decay ahead of it).
     """
     runs = _by_run(results)
+    references = {(run["arm"], run["seed"]): run for run in full_runs(results)}
     rows = []
     sign = -1.0 if select_by == MLM_LOSS else 1.0
 
@@ -404,7 +441,7 @@ def equal_time_rows(
     for metric in metrics:
         baseline = better_baseline(full_runs(results), baselines, metric)
         for (arm, seed), of_arm in runs.items():
-            reference = _finished_curve(runs.get((baseline, seed), [None])[0], metric)
+            reference = _finished_curve(references.get((baseline, seed)), metric)
             curves = [(run, points) for run in of_arm if (points := _finished_curve(run, metric))]
             if not curves or not reference:
                 continue
