@@ -89,8 +89,8 @@ def _study_lines(result: dict) -> Iterator[tuple[str, ...]]:
     if len(study["seeds"]) < 2:
         return  # of one seed: in docs/experiments.md, with its caveats
     what = f"{study['data']}, {_start(study)}, {len(study['seeds'])} seeds"
-    several = len(study["learning_rates"]) > 1
-    if several and study.get("raced") and not study.get("baselines_raced"):
+    raced = study.get("raced") and len(study["learning_rates"]) > 1
+    if raced and not study.get("baselines_raced"):
         # Before 2026-12-01: the arms alone had the rate that is first at the targets.
         what += "; rates of the baselines not raced"
     headline = least_gains(result["ratios"])  # older files have another rule's
