@@ -17,10 +17,10 @@ def ratio(method, metric, **changes):
     return row | {"mlm_loss": 5.1, "baseline_mlm_loss": 5.0} | changes
 
 
-def write(results, ratios, start=None, seeds=(1, 2, 3)):
+def write(results, ratios, start=None, seeds=(1, 2, 3), **more):
     folder = results / "2026-01-02-study"
     folder.mkdir(parents=True)
-    study = {"data": "tiny", "seeds": list(seeds), "settings": {}, "start": start}
+    study = {"data": "tiny", "seeds": list(seeds), "settings": {}, "start": start} | more
     content = {"kind": "convergence", "ratios": ratios, "study": study}
     (folder / "convergence.json").write_text(json.dumps(content))
     (folder / "REPORT.md").write_text("")
@@ -55,6 +55,17 @@ def test_a_study_and_whole_models_are_shown_newest_first(tmp_path):
         "[2026-01-02-study](results/2026-01-02-study/REPORT.md)",
     ]
     assert "12 layers" in lines[6] and "`block.25` 0.70" in lines[6] and "dense" not in lines[6]
+
+
+def test_studies_whose_baselines_had_no_raced_rate_are_marked(tmp_path):
+    raced = {"raced": True, "learning_rates": [1, 2]}
+    for name, more, marked in (
+        ("old", raced, True),
+        ("new", raced | {"baselines_raced": True}, False),
+        ("one rate", raced | {"learning_rates": [1]}, False),
+    ):
+        write(tmp_path / name, [ratio("trelm", "eval/report_p1")], **more)
+        assert ("not raced" in summary_table(tmp_path / name, tmp_path)) == marked
 
 
 @pytest.mark.parametrize(
