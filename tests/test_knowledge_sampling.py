@@ -27,6 +27,7 @@ class Seen:
 
     mlm_mention = torch.tensor([0, 2, 4])
     mlm_mention_group = torch.arange(3)
+    mlm_mention_given = torch.zeros(3, dtype=torch.bool)
 
 
 def take(sampling, first, last):

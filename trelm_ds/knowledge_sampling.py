@@ -90,7 +90,9 @@ class KnowledgeSampling:
 
     def stage(self, batch: Batch, probability: torch.Tensor) -> None:
         """Notes what a micro-batch's masked mentions show, ``StepOutput.mention_probability``."""
-        self.state.stage(batch.mlm_mention, batch.mlm_mention_group, probability)
+        self.state.stage(
+            batch.mlm_mention, batch.mlm_mention_group, batch.mlm_mention_given, probability
+        )
 
     def end_step(self, applied: bool, step: int) -> None:
         """Counts or forgets a step's observations; makes a table when one is due. Collective then.

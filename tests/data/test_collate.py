@@ -91,6 +91,7 @@ def test_every_field():
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
             kinds = {"mention_injected": torch.bool, "entity_log_q": torch.float32}
+            kinds["mlm_mention_given"] = torch.bool
             assert value.dtype == kinds.get(name, torch.int64), name
 
 
@@ -106,7 +107,19 @@ def test_targets_know_the_masked_mention_they_belong_to():
     assert batch.counts()["objects"] == 4
     batch = collate([second])
     assert batch.mlm_mention.tolist() == batch.mlm_mention_group.tolist() == [-1]
-    assert batch.num_mlm_mentions == 0
+    assert batch.num_mlm_mentions == 0 and batch.mlm_mention_given.tolist() == []
+
+
+def test_masked_mentions_that_an_injected_triple_of_their_sequence_tells_are_marked():
+    rows = [
+        [1, 2, 4, 1, 1, 0, 7],  # injected: tells 7
+        [2, 3, 4, 0, 1, 0, 5],  # not injected
+        [3, 4, 4, 1, 0, 0, 9],  # injected by its own embedding, without a triple
+    ]
+    first, second = example(0, 12, [5, 6, 7], mentions(rows, [])), example(1, 6, [1])
+    first.masked_mentions = np.array([[5, 6, 7], [6, 7, 5], [7, 8, 9]])
+    second.masked_mentions = np.array([[1, 2, 7]])  # told in another sequence
+    assert collate([first, second]).mlm_mention_given.tolist() == [True, False, False, False]
 
 
 def test_no_mentions_and_no_targets_keep_every_shape():

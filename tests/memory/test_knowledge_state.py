@@ -11,7 +11,7 @@ N, DISCOUNT = 12, 0.2
 
 
 def observations(seed, steps=6):
-    """For each step, some micro-batches of (entity [K], group [K], probability [G])."""
+    """For each step, some micro-batches of (entity [K], group [K], given [G], probability [G])."""
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(steps):
@@ -25,7 +25,8 @@ def observations(seed, steps=6):
             text = rng.integers(0, len(group) + 1, 3)  # text targets in between
             group, entity = np.insert(group, text, -1), np.insert(entity, text, -1)
             probability = rng.random(count).astype(np.float32)
-            step.append(tuple(map(torch.from_numpy, (entity, group, probability))))
+            given = rng.random(count) < 0.3
+            step.append(tuple(map(torch.from_numpy, (entity, group, given, probability))))
         made.append(step)
     return made
 
@@ -43,8 +44,10 @@ def plain(steps, applied=lambda step: True, window=2):
     value, count, pending = {}, {}, {}
     for number, step in enumerate(steps, 1):
         if applied(number):
-            for entity, group, probability in step:
+            for entity, group, given, probability in step:
                 for g, p in enumerate(probability.tolist()):
+                    if given[g]:
+                        continue
                     key = int(entity[group.tolist().index(g)])
                     pending.setdefault(key, []).append(p)
         if number % window == 0:

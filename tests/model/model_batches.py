@@ -137,6 +137,7 @@ def make_batch(lengths=(14, 9, 20), mentions=None, decode=None, text_length=0, s
         mlm_labels=tensor([original[t] for t in targets]),
         mlm_mention=tensor([-1] * len(targets)),
         mlm_mention_group=tensor([-1] * len(targets)),
+        mlm_mention_given=tensor([]).bool(),
         mention_spans=tensor(columns[:, :3]),
         mention_keys=tensor(columns[:, 3]),
         mention_injected=tensor(columns[:, 4]).bool(),

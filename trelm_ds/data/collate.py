@@ -33,6 +33,8 @@ class Batch:
         mlm_mention: int64 [K] entity whose mention was masked whole there; -1: a text token.
         mlm_mention_group: int64 [K] number in 0..G-1 of that masked mention, in text order; -1:
             a text token.
+        mlm_mention_given: bool [G]; the entity is the other end of a triple that is injected into
+            the same sequence: its name can be read off the input.
         mention_spans: int64 [M, 3] rows (sequence, left, right exclusive).
         mention_keys: int64 [M] rows of the memory bank.
         mention_injected: bool [M]; the span's input embeddings are replaced.
@@ -78,6 +80,7 @@ class Batch:
     mlm_labels: torch.Tensor
     mlm_mention: torch.Tensor
     mlm_mention_group: torch.Tensor
+    mlm_mention_given: torch.Tensor
     mention_spans: torch.Tensor
     mention_keys: torch.Tensor
     mention_injected: torch.Tensor
@@ -216,7 +219,7 @@ class Collator:
         corrupted = original.copy()
         targets = np.zeros(shape, dtype=bool)
         group = np.full(shape, -1, dtype=np.int64)
-        masked_keys = []
+        masked_keys, given = [], [np.zeros(0, dtype=bool)]
         for row, example in enumerate(examples):
             original[row, : len(example.ids)] = example.ids
             corrupted[row, : len(example.ids)] = example.corrupted
@@ -224,6 +227,8 @@ class Collator:
             for left, right, key in example.masked_mentions.tolist():
                 group[row, left:right] = len(masked_keys)
                 masked_keys.append(key)
+            told = example.mentions.other[example.mentions.injected & (example.mentions.role > 0)]
+            given.append(np.isin(example.masked_mentions[:, 2], told))
         positions = np.flatnonzero(targets)
         group = group.ravel()[positions]
         # The last entry is what group -1 reads.
@@ -251,6 +256,7 @@ class Collator:
             "mlm_labels": original.ravel()[positions],
             "mlm_mention": masked_key[group],
             "mlm_mention_group": group,
+            "mlm_mention_given": np.concatenate(given),
             "mention_spans": spans,
             "mention_keys": joined("keys"),
             "mention_injected": injected,

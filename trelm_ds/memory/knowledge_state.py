@@ -51,14 +51,16 @@ class KnowledgeState:
         # This rank's share of the window.
         self._sum = torch.zeros(num_entities, dtype=torch.int64, device=device)
         self._seen = torch.zeros(num_entities, dtype=torch.int32, device=device)
-        self._staged: list[tuple[Tensor, Tensor]] = []
+        self._staged: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def stage(self, entity: Tensor, group: Tensor, probability: Tensor) -> None:
+    def stage(self, entity: Tensor, group: Tensor, given: Tensor, probability: Tensor) -> None:
         """Notes a micro-batch's observations; they count from ``commit`` on. No device is waited
         for.
 
         Args:
             entity, group: int64 [K], ``Batch.mlm_mention`` and ``Batch.mlm_mention_group``.
+            given: bool [G], ``Batch.mlm_mention_given``: such a mention shows what the input says,
+                not what the model knows, and does not count.
             probability: float32 [G], of each masked mention, in [0, 1].
         """
         if not len(probability):
@@ -66,13 +68,15 @@ class KnowledgeState:
         # Every target of a mention writes the same entity; text goes to one entry more.
         size = len(probability)
         keys = entity.new_zeros(size + 1).scatter_(0, torch.where(group < 0, size, group), entity)
-        self._staged.append((keys[:size], (probability.double() * _ONE).round().long()))
+        counted = (~given).int()
+        value = (probability.double() * _ONE).round().long() * counted
+        self._staged.append((keys[:size], value, counted))
 
     def commit(self) -> None:
         """Adds what was staged to the window: the step was applied."""
-        for keys, probability in self._staged:
-            self._sum.index_add_(0, keys, probability)
-            self._seen.index_add_(0, keys, torch.ones_like(keys, dtype=torch.int32))
+        for keys, value, counted in self._staged:
+            self._sum.index_add_(0, keys, value)
+            self._seen.index_add_(0, keys, counted)
         self._staged.clear()
 
     def drop(self) -> None:
