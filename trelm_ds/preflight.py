@@ -1,14 +1,13 @@
 """``launch/preflight.py``: is every node of a SLURM job fit for it, before its ranks meet.
 
 One node with a broken GPU, another torch or without the shared folder fails a job of many by a
-hang, or by a traceback from each rank. Here it is named, within two minutes: ``plan`` runs once, on
+hang, or by a traceback from each rank. Here it is named first: ``plan`` runs once, on
 the job's first node, reads the flags and leaves in the run's folder what the others are to find;
 ``check`` runs once on each node and compares.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from trelm_ds.arguments import parse_arguments
@@ -34,7 +33,7 @@ from trelm_ds.errors import (
 from trelm_ds.files import write_text
 
 PLAN = "preflight.json"
-LIMIT_S = 120.0  # a check that takes longer hangs: a dead file system, a driver without an answer
+LIMIT_S = 120.0  # of each check; what takes longer hangs: a dead disk, a driver without an answer
 MIN_SHARED_MEMORY = 512 << 20  # bytes: loader processes hand batches over through it
 MATRIX = 2048
 
@@ -64,17 +63,17 @@ def plan(default_folder: str, argv: list[str]) -> Path:
     return folder
 
 
-def check(folder: Path, argv: list[str], report_check: Callable[[str], None]) -> None:
+def check(folder: Path, argv: list[str], begin: Callable[[str], None]) -> None:
     """Runs the checks on this node.
 
     Args:
         folder: what ``plan`` returned.
         argv: the flags that ``plan`` had.
-        report_check: is told the name of each check before it begins.
+        begin: is told the name of each check before it begins.
     Raises:
         NodeError: the first that failed.
     """
-    report_check("reading the flags")
+    begin("reading the flags")
     config, _ = parse_arguments(argv)
     expected: dict = {}
     checks = {
@@ -86,7 +85,7 @@ def check(folder: Path, argv: list[str], report_check: Callable[[str], None]) ->
         "the GPUs": lambda: _gpus(os.environ.get("SLURM_GPUS_ON_NODE")),
     }
     for name, run in checks.items():
-        report_check(name)
+        begin(name)
         try:
             run()
         except (TrelmError, OSError, RuntimeError, ValueError) as error:
@@ -112,7 +111,10 @@ def _shared_folder(folder: Path) -> dict:
 def _software() -> dict:
     from trelm_ds import environment
 
-    return {"versions": environment.versions(), "commit": environment.commit()}
+    found: dict = {"versions": environment.versions()}
+    if commit := environment.commit():  # not known without git
+        found["commit"] = commit.rstrip("+")  # a file may be edited while the job starts
+    return found
 
 
 def _data(config: Config) -> dict:
@@ -125,7 +127,7 @@ def _data(config: Config) -> dict:
 
 def _compare(mine: dict, expected: dict) -> None:
     for name, value in mine.items():
-        if value != expected[name]:
+        if value != expected.get(name, value):
             raise NodeError(f"{name} {value} here, {expected[name]} on the job's first node")
 
 
@@ -170,22 +172,28 @@ def _gpus(promised: str | None) -> None:
     torch.cuda.empty_cache()
 
 
-@contextlib.contextmanager
-def _deadline(host: str) -> Iterator[Callable[[str], None]]:
+class _Deadline:
     """Ends the process where a check hangs, in a call that no signal reaches too."""
-    at = ["starting"]
 
-    def give_up() -> None:
-        print(f"node {host}: {at[0]}: no answer for {LIMIT_S:.0f} s", file=sys.stderr, flush=True)
+    def __init__(self, host: str):
+        self._host = host
+        self._timer: threading.Timer | None = None
+
+    def begin(self, check: str) -> None:
+        """``check`` has ``LIMIT_S`` from now on."""
+        self.end()
+        self._timer = threading.Timer(LIMIT_S, self._give_up, [check])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _give_up(self, check: str) -> None:
+        print(f"node {self._host}: {check}: no answer for {LIMIT_S:.0f} s", file=sys.stderr)
+        sys.stderr.flush()
         os._exit(EXIT_BAD_NODE)
-
-    timer = threading.Timer(LIMIT_S, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield lambda name: at.__setitem__(0, name)
-    finally:
-        timer.cancel()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -200,8 +208,9 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] == "plan":
             print(plan(argv[1], argv[2:]))
         else:
-            with _deadline(host) as report_check:
-                check(Path(argv[1]), argv[2:], report_check)
+            deadline = _Deadline(host)
+            check(Path(argv[1]), argv[2:], deadline.begin)
+            deadline.end()
     except NodeError as error:
         return report(error, f"node {host}")
     except (TrelmError, OSError) as error:

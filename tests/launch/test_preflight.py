@@ -80,6 +80,18 @@ def test_a_shard_that_was_not_copied_whole(tmp_path, capsys):
     assert f"{shard} has 512 bytes" in refused(capsys, folder, flags)
 
 
+def test_software_that_is_not_known_or_being_edited_is_no_reason(
+    flags, run_folder, capsys, monkeypatch
+):
+    for known in (None, "abc+"):
+        monkeypatch.setattr("trelm_ds.environment.commit", lambda known=known: known)
+        path = run_folder / preflight.PLAN
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "abc"}))
+        assert preflight.main(["check", str(run_folder), *flags]) == EXIT_DONE
+    monkeypatch.setattr("trelm_ds.environment.commit", lambda: "def")
+    assert "the software: commit def here, abc" in refused(capsys, run_folder, flags)
+
+
 def test_another_corpus_under_the_same_path(flags, run_folder, capsys):
     path = run_folder / preflight.PLAN
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset_id": "another"}))

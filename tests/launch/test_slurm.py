@@ -50,7 +50,7 @@ def data_dir(tmp_path_factory):
 def submit(environment, repo, output_dir, data_dir, *flags, **more) -> str:
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_PORT")
     variables = {k: v for k, v in environment.items() if k not in launchers} | {
-        "OUTPUT_DIR": str(output_dir),
+        "TRELM_OUTPUT_DIR": str(output_dir),
         "TRELM_ROOT": str(repo),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "TRELM_VENV": "/nonexistent",  # the PATH above already has the right Python
