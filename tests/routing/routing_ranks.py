@@ -101,6 +101,6 @@ def chosen_paths(rank, world_size, forms):
             steps.append([(c > 0).nonzero()[:, 0].tolist() for c in counts])
             controller.end_step(True)
         state = controller.state_dict()
-        scores = state.get("block.scores", torch.zeros(1))
-        result.append({"steps": steps, "state": sorted(state), "scores": scores.sum(0)})
+        scores = state.pop("block.scores", torch.zeros(1))
+        result.append({"steps": steps, "state": state, "scores": scores.sum(0)})
     return result
