@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -10,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.distributed import gather_vector
 from trelm_ds.errors import DataError
+from trelm_ds.evaluation_mode import evaluation_mode
 from trelm_ds.losses import mlm_losses
 from trelm_ds.model import max_positions
 from trelm_ds.prepare.files import iter_jsonl, iter_lines
@@ -25,18 +24,6 @@ SPLITS = ("all", "tail", "graph_only", "template", "context")
 # "all". `report_tail` and so on are the reported facts of each split.
 PARTS = ("select", "report", *(f"report_{name}" for name in SPLITS[1:]))
 SELECT_ONE_IN = 4
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the previous mode comes back, also after an error."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def _rounds(mine: int, group) -> int:
@@ -69,7 +56,7 @@ def heldout_mlm_loss(
         all ranks.
     """
     total = torch.zeros(2, dtype=torch.float64)
-    with evaluating(model):
+    with evaluation_mode(model), torch.no_grad():
         for i in range(_rounds(len(batches), group)):
             if i >= len(batches):
                 _idle_forward(model, device)
@@ -287,7 +274,7 @@ def probe_accuracy(
     order = sorted(range(len(probe.rows)), key=lambda i: len(probe.rows[i].ids))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     mine = batches[rank::world_size]
-    with evaluating(model):
+    with evaluation_mode(model), torch.no_grad():
         for i in range(_rounds(len(mine), group)):
             if i >= len(mine):
                 _idle_forward(model, device)

@@ -113,8 +113,9 @@ def test_missing_faiss_and_empty_bank_are_clear_errors(monkeypatch):
         return real_import(name, *args)
 
     monkeypatch.setattr(builtins, "__import__", no_faiss)
+    chunk = np.arange(5), np.eye(5, DIM, dtype=np.float32)
     with pytest.raises(ConfigError, match="pip install faiss-cpu"):
-        MemoryIndex.build([], 5)
+        MemoryIndex.build([chunk], 5)
 
 
 def test_a_spawned_process_builds_the_table_from_a_snapshot(tmp_path):

@@ -7,7 +7,8 @@ import torch
 from captum.attr import IntegratedGradients
 from routing.routing_models import routed_pair, tiny_batch
 
-from trelm_ds.routing.attribution import evaluation_mode, integrated_gradients, integration_rule
+from trelm_ds.evaluation_mode import evaluation_mode
+from trelm_ds.routing.attribution import integrated_gradients, integration_rule
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -432,8 +431,3 @@ def test_refusals_name_the_keys():
     refuse_unsupported(without_decoding(form="in_backward", score="abs_gradient"), 2)
     refuse_unsupported(without_decoding(form="block"), 2)
     refuse_unsupported(without_decoding(form="random"), 2)
-    mixed = SimpleNamespace(
-        form="block", paths="full", audit_steps=0, audit_form="quadrature", compact_gradients=False
-    )
-    with pytest.raises(ConfigError, match="paths mid"):
-        refuse_unsupported(SimpleNamespace(routing=mixed), 2)

@@ -19,9 +19,10 @@ import torch
 from trelm_ds.downstream.examples import spread
 from trelm_ds.errors import DataError
 from trelm_ds.evaluate import Probe, ProbeRow
+from trelm_ds.evaluation_mode import evaluation_mode
 from trelm_ds.model import MaskedLanguageModel, encode
 from trelm_ds.output_layer import mlm_head
-from trelm_ds.routing.attribution import AttributionProblem, evaluation_mode, integrated_gradients
+from trelm_ds.routing.attribution import AttributionProblem, integrated_gradients
 from trelm_ds.routing.context import RoutingContext
 from trelm_ds.routing.ffn import RoutedFFN, encoder_layers, install_routed_ffn
 

@@ -18,6 +18,7 @@ from trelm_ds.data.shards import ShardReader, load_manifest
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.distributed import ALONE, World, gather_objects, together
 from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.evaluation_mode import evaluation_mode
 from trelm_ds.files import write_text
 from trelm_ds.knowledge.graph import load_array, save_array
 
@@ -224,12 +225,8 @@ def score_importance(
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     tables = data_dir / "tables"
     folder = tables / f"{_PARTS}{digest[:32]}" if resumable else None
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         scores = _score_parts(reader, encode, settings, folder, world, group)
-    finally:
-        model.train(training)
 
     def write() -> dict | None:
         if world.local_rank != 0:

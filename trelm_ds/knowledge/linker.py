@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trelm_ds.errors import ConfigError
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+from trelm_ds.vector_index import inner_product_index
 
 log = logging.getLogger(__name__)
 
@@ -276,32 +276,17 @@ class EntityLinker:
         return None if entity is None else Link(entity, min(nearest), distance)
 
     def _build_index(self) -> None:
-        try:
-            # Only here: everything but approximate matches works without it.
-            import faiss
-        except ImportError:
-            raise ConfigError(
-                "approximate entity linking needs FAISS: pip install faiss-cpu"
-            ) from None
         first = np.ones(len(self), bool)  # one vector per distinct name, not per alias
         first[1:] = self._hashes[1:] != self._hashes[:-1]
         self._index_rows = np.flatnonzero(first)
         total = len(self._index_rows)
         vectors = name_vectors([self._name(row).decode() for row in self._index_rows])
-        if total < _FLAT_LIMIT:
-            self._index = faiss.IndexFlatIP(VECTOR_SIZE)
-        else:
+        if total >= _FLAT_LIMIT:
             log.info("building the index of %d names; one time per process", total)
-            lists = int(4 * total**0.5)
-            quantizer = faiss.IndexFlatIP(VECTOR_SIZE)
-            self._index = faiss.IndexIVFScalarQuantizer(
-                quantizer,
-                VECTOR_SIZE,
-                lists,
-                faiss.ScalarQuantizer.QT_8bit,
-                faiss.METRIC_INNER_PRODUCT,
-            )
-            self._index.nprobe = _PROBES
-            chosen = np.random.default_rng(0).permutation(total)[: 64 * lists]
-            self._index.train(vectors[chosen])
-        self._index.add(vectors)
+        self._index = inner_product_index(
+            vectors,
+            flat_limit=_FLAT_LIMIT,
+            probes=_PROBES,
+            seed=0,
+            needed_for="approximate entity linking",
+        )

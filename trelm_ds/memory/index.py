@@ -9,15 +9,15 @@ from the parent, hangs the first search.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from trelm_ds.data.versioned import read_versioned, write_versioned
-from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.errors import DataError
 from trelm_ds.memory.shard_files import visited_rows
+from trelm_ds.vector_index import inner_product_index
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +25,6 @@ FORMAT = "trelm-neighbours-v1"
 FLAT_LIMIT = 100_000  # entities searched exhaustively; more go through inverted lists
 _SEARCH_CHUNK = 4096
 _NPROBE = 32  # recall@10 0.90 to 0.95 at 4096 lists
-
-
-def _import_faiss():
-    try:
-        import faiss
-    except ImportError as error:
-        raise ConfigError(
-            "decoding.hard_negatives needs FAISS: pip install faiss-cpu, or set it to 0"
-        ) from error
-    return faiss
 
 
 class MemoryIndex:
@@ -72,7 +62,6 @@ class MemoryIndex:
             ConfigError: FAISS is not installed.
             DataError: no visited entity.
         """
-        faiss = _import_faiss()
         all_keys, all_vectors, projection = [], [], None
         for keys, rows in chunks:
             keys, rows = np.asarray(keys), np.asarray(rows, dtype=np.float32)
@@ -88,18 +77,13 @@ class MemoryIndex:
         keys, vectors = keys[order], vectors[order]
         vectors -= vectors.mean(0)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        if len(keys) < FLAT_LIMIT:
-            index = faiss.IndexFlatIP(vectors.shape[1])
-        else:
-            # About 4 sqrt(n) lists; 64 training vectors a list place the centroids well enough.
-            lists = 2 ** round(math.log2(4 * math.sqrt(len(keys))))
-            index = faiss.index_factory(
-                vectors.shape[1], f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT
-            )
-            index.nprobe = _NPROBE
-            sample = np.random.Generator(np.random.Philox(key=seed)).permutation(len(keys))
-            index.train(vectors[np.sort(sample[: 64 * lists])])
-        index.add(vectors)
+        index = inner_product_index(
+            vectors,
+            flat_limit=FLAT_LIMIT,
+            probes=_NPROBE,
+            seed=seed,
+            needed_for="decoding.hard_negatives (0 does without)",
+        )
         return cls(index, keys, vectors, num_entities)
 
     def neighbours(self, k: int) -> np.ndarray:

@@ -35,7 +35,6 @@ tokens' probabilities back to the copies.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -70,18 +69,6 @@ def integration_rule(rule: str, nodes: int) -> tuple[list[float], list[float]]:
         x, w = np.polynomial.legendre.leggauss(nodes)
         return ((x + 1) / 2).tolist(), (w / 2).tolist()
     raise ValueError(f"unknown integration rule {rule!r}")
-
-
-@contextlib.contextmanager
-def evaluation_mode(module: nn.Module):
-    """Every submodule in evaluation mode (no dropout), each one's own flag restored after."""
-    flags = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in flags:
-            m.training = training
 
 
 @dataclass

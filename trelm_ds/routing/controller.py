@@ -12,7 +12,8 @@ import torch.distributed as dist
 from trelm_ds.config import Config, RoutingConfig
 from trelm_ds.distributed import new_group
 from trelm_ds.errors import CheckpointError, ConfigError
-from trelm_ds.routing.attribution import evaluation_mode, integrated_gradients
+from trelm_ds.evaluation_mode import evaluation_mode
+from trelm_ds.routing.attribution import integrated_gradients
 from trelm_ds.routing.context import ACCUMULATE, SELECT, RoutingContext
 from trelm_ds.routing.ffn import RoutedFFN
 from trelm_ds.routing.paths import (

@@ -91,8 +91,13 @@ class _RoutedFFNFunction(torch.autograd.Function):
             grad_activation = grad @ down_weight.t()
         if wants_scores:
             scores = _path_scores(
-                *(ffn, x, None if ctx.only_paths else hidden, activation, grad, grad_activation),
-                *(up_weight, up_bias, down_weight, down_bias),
+                ffn,
+                x=x,
+                hidden=None if ctx.only_paths else hidden,
+                activation=activation,
+                grad=grad,
+                grad_activation=grad_activation,
+                weights=(up_weight, up_bias, down_weight, down_bias),
             )
             if overlaps:
                 pending = routing.send_scores(layer, scores)
@@ -103,21 +108,23 @@ class _RoutedFFNFunction(torch.autograd.Function):
 
             def weight_grads():
                 routing.select_from(layer, pending)
-                needed = (True, True, True)
                 return _weight_grads(
-                    *(ffn, routing.paths[layer], x, hidden, activation),
-                    *(grad, grad_hidden, None, needed),
+                    ffn,
+                    routing.paths[layer],
+                    x=x,
+                    hidden=hidden,
+                    activation=activation,
+                    grad=grad,
+                    grad_hidden=grad_hidden,
                 )
 
             ctx.deferred.compute = weight_grads
             grad_down_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
-            return (
-                grad_hidden @ up_weight,
-                *(ctx.deferred.stand_in(i, grad) for i in range(3)),
-                *(grad_down_bias, None, None),
-            )
+            weights = (ctx.deferred.stand_in(i, grad) for i in range(3))
+            return grad_hidden @ up_weight, *weights, grad_down_bias, None, None
         paths = routing.paths[layer]
 
+        grad_hidden = path_grad = None
         if exact:
             grad_hidden = ffn.activation_backward(grad_activation, hidden)
             grad_x = grad_hidden @ up_weight
@@ -132,9 +139,15 @@ class _RoutedFFNFunction(torch.autograd.Function):
             grad_x = path_grad @ paths.take(up_weight, 0) if ctx.needs_input_grad[0] else None
 
         grad_up, grad_up_bias, grad_down = _weight_grads(
-            *(ffn, paths, x, hidden, activation, grad),
-            *((grad_hidden, None) if exact else (None, path_grad)),
-            ctx.needs_input_grad[1:4],
+            ffn,
+            paths,
+            x=x,
+            hidden=hidden,
+            activation=activation,
+            grad=grad,
+            grad_hidden=grad_hidden,
+            path_grad=path_grad,
+            needed=ctx.needs_input_grad[1:4],
         )
         grad_down_bias = None
         if ctx.needs_input_grad[4]:
@@ -145,12 +158,25 @@ class _RoutedFFNFunction(torch.autograd.Function):
         return grad_x, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None
 
 
-def _weight_grads(ffn, paths, x, hidden, activation, grad, grad_hidden, path_grad, needed):
+def _weight_grads(
+    ffn,
+    paths,
+    *,
+    x,
+    hidden,
+    activation,
+    grad,
+    grad_hidden=None,
+    path_grad=None,
+    needed=(True, True, True),
+):
     """dW1, db1, dW2 on the paths, zeros elsewhere; None where it is not ``needed``.
 
     Args:
+        x: the FFN's input [N, d].
         hidden: before the activation, of every neuron [N, f] or of the path's alone [N, k].
         activation: [N, f]; None: to be computed of the path's neurons again.
+        grad: dL/dY at the FFN's output [N, d].
         grad_hidden: dL/dH of every neuron [N, f], or None.
         path_grad: without it, dL/dH of the path's neurons [N, k].
     """
@@ -219,18 +245,7 @@ class _DeferredWeights(torch.autograd.Function):
         return (*grads, None)
 
 
-def _path_scores(
-    ffn,
-    x,
-    hidden,
-    activation,
-    grad,
-    grad_activation,
-    up_weight,
-    up_bias,
-    down_weight,
-    down_bias,
-) -> PathScores:
+def _path_scores(ffn, *, x, hidden, activation, grad, grad_activation, weights) -> PathScores:
     """This rank's scores of one layer, read off its backward (trelm.md section 4, cheap form).
 
     signed:        score_j = sum_t p(y*_t) * A_tj * (-dL/dA_tj) over knowledge positions t;
@@ -238,13 +253,14 @@ def _path_scores(
     activation:    score_j = sum_t |A_tj| (its mean, up to a factor shared by all neurons).
     S_in and S_out are scored in the same way at the FFN's input and output.
     """
+    up_weight, up_bias, down_weight, down_bias = weights
     routing = ffn.context
     device = x.device
     if routing.score_all_tokens:
         positions = torch.arange(len(x), device=device)
-        weights = torch.ones(len(x), device=device)
+        share = torch.ones(len(x), device=device)
     else:
-        positions, weights = routing.targets(device)
+        positions, share = routing.targets(device)
     compact = grad_activation is None or activation is None
     if compact or routing.full or routing.score == "activation":
         # Only the knowledge positions: a few rows, so that nothing of size [N, f] is computed.
@@ -272,7 +288,7 @@ def _path_scores(
 
     def score(value, grad_value):
         absolute = routing.score == "abs_gradient"
-        return ops.neuron_scores(value, grad_value, positions, weights, absolute)
+        return ops.neuron_scores(value, grad_value, positions, share, absolute)
 
     if grad_activation is None:
         grad_activation = grad @ down_weight.t()
