@@ -446,16 +446,24 @@ def _silence():
 
 
 def _replicated_state(folder: Path) -> dict[str, torch.Tensor]:
-    """ZeRO 0: rank 0 holds everything; in bf16 the float32 masters are in the optimizer's part."""
+    """ZeRO 0: rank 0 holds everything; in bf16 the float32 masters are in the optimizer's part.
+
+    That part has a tied parameter by one of its names, and the model is loaded by all of them.
+    """
     shard = torch.load(
         folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
     )
     state, optimizer = shard["module"], shard.get("optimizer") or {}
     masters = optimizer.get("fp32_groups")
     if masters:
+        tied: dict[tuple, list[str]] = {}
+        for name, value in state.items():
+            tied.setdefault((value.data_ptr(), value.shape), []).append(name)
+        names_of = {name: names for names in tied.values() for name in names}
         groups = optimizer["optimizer_state_dict"]["param_groups"]
         for group, tensors in zip(groups, masters, strict=True):
-            state.update(zip(group["names"], tensors, strict=True))
+            for name, tensor in zip(group["names"], tensors, strict=True):
+                state.update(dict.fromkeys(names_of[name], tensor))
     return state
 
 
