@@ -12,14 +12,17 @@ from integration.runs import full_parameters, make_trainer
 from multiprocess import run_ranks
 from tiny_corpus import write_tiny_corpus
 
+from trelm_ds import pretrain
 from trelm_ds.checkpoint import (
     LATEST,
     MANIFEST,
     Checkpointer,
     check_files,
+    checkpoint_folders,
     load_model_state,
     read_manifest,
 )
+from trelm_ds.config import build_config
 from trelm_ds.distributed import World
 from trelm_ds.errors import CheckpointError, WriteError
 from trelm_ds.metrics import read_metrics
@@ -253,6 +256,27 @@ def test_checkpoints_that_are_gone_are_not_begun_anew(run_dir):
     before_the_first = metrics.read_text().splitlines(keepends=True)[:2]
     metrics.write_text("".join(before_the_first))
     assert checkpointer(run_dir).find("latest") is None
+
+
+def test_a_users_copy_beside_the_checkpoints_is_not_the_runs(run_dir):
+    folder, mine = run_dir / "checkpoints", checkpointer(run_dir)
+    newest = folder / "step_00000004"
+    copies = [folder / name for name in ("step_00000002.keep", "step_00000004.bak", "step_final")]
+    for copy in copies:
+        shutil.copytree(newest, copy)
+    assert mine.oldest_step() == 2
+    assert mine.find("latest") == newest
+    assert [mine.is_own(path, 4) for path in (newest, copies[1])] == [True, False]
+    mine._set_aside_after(newest, 4)
+    assert (folder / LATEST).read_text() == "step_00000004\n"
+    (folder / "tmp-step_100000000").mkdir()  # a step of more digits is the newest all the same
+    mine._publish(folder / "tmp-step_100000000", folder / "step_100000000", {})
+    kept = [path.name for path in checkpoint_folders(folder).values()]
+    assert kept == ["step_00000004", "step_100000000"]  # of two
+    assert all(copy.is_dir() for copy in copies)
+    mine._set_aside_after(copies[1], 4)  # the run goes on from a copy of its own
+    assert not newest.exists() and all(copy.is_dir() for copy in copies)
+    pretrain._refuse_other_run(run_dir, build_config())  # nothing but copies
 
 
 def save_again(rank, world_size, data_dir, output_dir):

@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 LATEST = "LATEST"
 TEMPORARY = "tmp-"
+_NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")  # what ``checkpoint_name`` gives
 LAST_STEP = "checkpoint/last_step"  # in the metrics: the step of the newest checkpoint
 
 
@@ -59,6 +61,16 @@ class TrainState:
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def checkpoint_folders(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run's ``checkpoints`` by their steps, oldest first, complete or not.
+
+    Other names are the user's: a copy ``step_00000800.keep`` is not the run's to find or to delete.
+    """
+    matches = (_NAME.fullmatch(path.name) for path in folder.glob("step_*"))
+    steps = sorted(int(match[1]) for match in matches if match)
+    return {step: folder / checkpoint_name(step) for step in steps}
 
 
 def _payload_files(folder: Path) -> list[str]:
@@ -241,12 +253,12 @@ class Checkpointer:
 
     def _published(self, but: Path) -> list[Path]:
         """The other complete checkpoints, newest first."""
-        folders = [p.parent for p in self.folder.glob(f"step_*/{MANIFEST}") if p.parent != but]
-        return sorted(folders, key=lambda p: p.name, reverse=True)
+        folders = reversed(checkpoint_folders(self.folder).values())
+        return [path for path in folders if path != but and (path / MANIFEST).exists()]
 
     def oldest_step(self) -> int:
         """Step of the oldest checkpoint that is kept; 0 if there is none."""
-        return min((int(p.name[5:]) for p in self.folder.glob("step_*")), default=0)
+        return min(checkpoint_folders(self.folder), default=0)
 
     # -- restoring ------------------------------------------------------------------------------
 
@@ -262,7 +274,7 @@ class Checkpointer:
                 there were some and all are gone.
         """
         if which == "latest":
-            names = sorted((str(p) for p in self.folder.glob("step_*")), reverse=True)
+            names = [str(path) for path in reversed(checkpoint_folders(self.folder).values())]
             traces = [] if names else self._traces()
             names, traces = gather_objects((names, traces), self._group)[0]  # as rank 0 sees it
             candidates = [Path(name) for name in names]
@@ -338,7 +350,7 @@ class Checkpointer:
                 torch.cuda.set_rng_state(rng["cuda"], self._device)
         else:  # each rank's own seed, but not the draws of the run's beginning again
             torch.manual_seed(torch.initial_seed() + document["step"])
-        self._set_aside_after(folder)
+        self._set_aside_after(folder, document["step"])
         return TrainState(**{k: document[k] for k in asdict(TrainState())})
 
     def _loadable(self, folder: Path, document: dict, engine):
@@ -358,7 +370,11 @@ class Checkpointer:
         truncated = bool(self._identity.get("routing.truncated_depth"))
         return universal_checkpoint(folder, temporary, engine, self._world, self._group, truncated)
 
-    def _set_aside_after(self, folder: Path) -> None:
+    def is_own(self, folder: Path, step: int) -> bool:
+        """Whether a checkpoint of a step is this run's, and not another one's or a user's copy."""
+        return folder.resolve() == (self.folder / checkpoint_name(step)).resolve()
+
+    def _set_aside_after(self, folder: Path, step: int) -> None:
         """Later checkpoints here belong to a branch that is left: ``latest`` must not find them
         again once the run goes on from this one, nor may they take the place of newer ones.
 
@@ -367,10 +383,10 @@ class Checkpointer:
         with write_together(f"{self.folder} cannot be changed", self._group):
             if not self._world.is_main or not self.folder.is_dir():
                 return
-            own = folder.resolve().parent == self.folder.resolve()
+            own = self.is_own(folder, step)
             kept = []
-            for found in sorted(self.folder.glob("step_*")):
-                if found.name < folder.name or (own and found.name == folder.name):
+            for saved, found in checkpoint_folders(self.folder).items():
+                if saved < step or (own and saved == step):
                     kept.append(found.name)
                     continue
                 logger.warning("setting %s aside: the run goes on from %s", found, folder)

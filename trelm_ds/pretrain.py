@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trelm_ds import stack_dump
 from trelm_ds.arguments import parse_arguments
+from trelm_ds.checkpoint import checkpoint_folders
 from trelm_ds.config import Config
 from trelm_ds.distributed import (
     World,
@@ -86,7 +87,7 @@ def choose_output_dir(config: Config) -> Path:
 
 
 def _refuse_other_run(path: Path, config: Config) -> None:
-    if any(path.glob("checkpoints/step_*")) and not config.train.resume_from_checkpoint:
+    if checkpoint_folders(path / "checkpoints") and not config.train.resume_from_checkpoint:
         raise ConfigError(
             f"{path} holds checkpoints of an earlier run: go on with "
             "--resume_from_checkpoint latest, or choose another --output_dir"

@@ -330,7 +330,7 @@ class Trainer:
             )
             logger.info("resumed from %s at step %d", found, self.state.step)
             self._warn_of_another_split(found)
-            if found.resolve().parent == self.checkpoints.folder.resolve():
+            if self.checkpoints.is_own(found, self.state.step):
                 self._saved = self.state.step  # a stop before the next step writes nothing again
         elif which:
             logger.info("no checkpoint in %s yet: starting from step 0", self.checkpoints.folder)
