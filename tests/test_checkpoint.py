@@ -198,8 +198,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run_dir, damage, caplog):
     with pytest.raises(CheckpointError, match="step_00000004"):
         load_model_state(newest)  # refused before anything is unpickled
     DAMAGE[damage](run_dir / "checkpoints" / "step_00000002")
-    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+    with pytest.raises(CheckpointError, match="no intact checkpoint") as caught:
         checkpointer(run_dir).find("latest")
+    assert caught.value.everywhere
+
+
+def test_another_runs_checkpoint_is_refused_by_all_ranks_at_once(run_dir):
+    engine = SimpleNamespace(zero_optimization_stage=lambda: 2, bfloat16_enabled=lambda: False)
+    with pytest.raises(CheckpointError, match="different run: bf16 was None") as caught:
+        checkpointer(run_dir)._check_identity(run_dir, {"zero_stage": 2}, engine)
+    assert caught.value.everywhere
 
 
 @pytest.mark.parametrize("content", [None, "", "step_99999999\n"])
@@ -329,18 +337,44 @@ def save_again(rank, world_size, data_dir, output_dir):
     resumed = make_trainer(
         data_dir, output_dir, train__max_steps=2, train__resume_from_checkpoint="latest"
     )
-    return problems, folders, resumed.save().stat().st_ino == saved
+    is_kept = resumed.save().stat().st_ino == saved
+    elsewhere = make_trainer(
+        data_dir,
+        output_dir / "elsewhere",
+        train__max_steps=2,
+        train__export=True,
+        train__resume_from_checkpoint=str(output_dir / "checkpoints" / "step_00000003"),
+    )
+    assert elsewhere.done
+    elsewhere.finish()
+    return problems, folders, is_kept
 
 
-def test_leftovers_are_replaced_and_a_failed_save_leaves_the_last_one(runs, tmp_path):
-    results = run_ranks(save_again, 2, runs[0] / "data", tmp_path / "run")
+@pytest.fixture(scope="module")
+def saved_again(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("again") / "run"
+    return folder, run_ranks(save_again, 2, runs[0] / "data", folder)
+
+
+def test_leftovers_are_replaced_and_a_failed_save_leaves_the_last_one(saved_again):
+    folder, results = saved_again
     for problems, folders, is_kept in results:
         assert is_kept
         assert len(problems) == 4 and all("was not written" in problem for problem in problems)
         assert ["rank 1" in problem for problem in problems] == [False, True, True, False]
         assert ["No space" in problem for problem in problems] == [True, True, True, False]
         assert folders == ["step_00000002"]
-    assert checkpointer(tmp_path / "run").find("latest").name == "step_00000003"
+    assert checkpointer(folder).find("latest").name == "step_00000003"
+
+
+def test_a_finished_run_that_goes_on_in_another_folder_is_complete_there(saved_again):
+    run, _ = saved_again
+    here, there = (
+        load_model_state(folder / "checkpoints" / "step_00000003")
+        for folder in (run, run / "elsewhere")
+    )
+    assert all(torch.equal(value, there[name]) for name, value in here.items())
+    assert (run / "elsewhere" / "hf" / "model.safetensors").is_file()
 
 
 FULL = "OSError: [Errno 28] No space left on device"

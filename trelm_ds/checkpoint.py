@@ -297,7 +297,9 @@ class Checkpointer:
                     logger.warning("using %s: %s", candidate.name, "; ".join(problems))
                 return candidate
             problems.append(problem)
-        raise CheckpointError("no intact checkpoint to resume from: " + "; ".join(problems))
+        raise CheckpointError(
+            "no intact checkpoint to resume from: " + "; ".join(problems), everywhere=True
+        )
 
     def _traces(self) -> list[str]:
         """What proves that this run has had checkpoints. A run that died before its first one has
@@ -410,7 +412,9 @@ class Checkpointer:
             if saved.get(key) != wanted.get(key)
         ]
         if differences:
-            raise CheckpointError(f"{folder} belongs to a different run: " + "; ".join(differences))
+            raise CheckpointError(
+                f"{folder} belongs to a different run: " + "; ".join(differences), everywhere=True
+            )
 
 
 def read_manifest(folder: Path) -> dict:

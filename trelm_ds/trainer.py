@@ -716,9 +716,12 @@ class Trainer:
     def finish(self) -> None:
         """Exports the last checkpoint as a Hugging Face folder and draws the curves.
 
+        Where a run was done when it went on from another folder's, it is written here first.
+
         Raises:
-            WriteError: on all ranks: rank 0 could not.
+            WriteError: on all ranks: one of them could not.
         """
+        self.save()
         with write_together(f"{self.output_dir} could not be completed", self.control):
             self._write_results()
 
