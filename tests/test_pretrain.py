@@ -37,6 +37,28 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over(tmp_path, monkeypatch):
     assert engine.local_device(world).type == "cpu"
 
 
+def test_deepspeeds_cpu_is_the_trainers_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    world = World(1, 2, 1, "none")
+    assert engine.local_device(world) == torch.device("cuda", 1)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert engine.local_device(world) == torch.device("cpu")
+
+
+def test_bf16_is_the_default_of_gpus_that_compute_in_it(monkeypatch):
+    capabilities = {0: (7, 0), 1: (8, 0)}  # a V100, which emulates it, is the current device
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capabilities[d.index])
+    monkeypatch.setattr(torch.version, "hip", None)
+    found = [engine.use_bf16(build_config(), torch.device("cuda", i)) for i in capabilities]
+    assert found == [False, True]
+    assert not engine.use_bf16(build_config(), torch.device("cpu"))
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert engine.use_bf16(build_config(), torch.device("cuda", 0))
+
+
 @pytest.mark.parametrize(
     ("loaded", "refused"), [([True] * 3, False), ([False] * 3, False), ([True, False, True], True)]
 )

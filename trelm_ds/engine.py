@@ -52,7 +52,15 @@ def zero_stage(ds_config: dict) -> int:
 def use_bf16(config: Config, device: torch.device) -> bool:
     if config.train.bf16 is not None:
         return config.train.bf16
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return has_bf16(device)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16 itself. ``torch.cuda.is_bf16_supported`` counts GPUs that
+    emulate it, and asks the current device."""
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def resolve_deepspeed_config(ds_config: dict, config: Config, world_size: int, bf16: bool) -> dict:
@@ -150,12 +158,14 @@ def check_tracker(report_to: str) -> None:
 
 
 def local_device(world: World) -> torch.device:
-    """This rank's accelerator, or the CPU.
+    """This rank's accelerator, or the CPU, also where ``DS_ACCELERATOR`` says so to DeepSpeed.
 
     Raises:
         ConfigError: a rank without a GPU beside others that have one, or a GPU that torch cannot
             use: training on the CPU by mistake is found out hours later.
     """
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if world.local_rank >= count:
@@ -165,7 +175,7 @@ def local_device(world: World) -> torch.device:
             )
         return torch.device("cuda", world.local_rank)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if NVIDIA_DEVICE.exists() and not hidden and os.environ.get("DS_ACCELERATOR") != "cpu":
+    if NVIDIA_DEVICE.exists() and not hidden:
         raise ConfigError(
             f"{platform.node()} has an NVIDIA GPU but torch sees none: its build does not fit "
             "the driver, or the GPU is not this process's; to train on the CPU set "
