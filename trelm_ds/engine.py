@@ -66,9 +66,12 @@ def has_bf16(device: torch.device) -> bool:
 def resolve_deepspeed_config(ds_config: dict, config: Config, world_size: int, bf16: bool) -> dict:
     """Fills every ``"auto"`` from the run's configuration and checks what is written out.
 
+    DeepSpeed is imported for it: ``quiet_deepspeed`` comes first.
+
     Raises:
         ConfigError: one message with every value that contradicts the run's configuration, or a
-            part of DeepSpeed that the trainer does itself (optimizer, scheduler, fp16).
+            part of DeepSpeed that the trainer does itself (optimizer, scheduler, fp16); or with
+            every key or value that DeepSpeed does not know.
     """
     resolved = copy.deepcopy(ds_config)
     for key in ("zero_optimization", "bf16", "fp16", "checkpoint"):
@@ -101,6 +104,11 @@ def resolve_deepspeed_config(ds_config: dict, config: Config, world_size: int, b
         )
     if resolved.get("datastates_ckpt", False) is not False:
         problems.append("datastates_ckpt is not supported: checkpoints are written before they end")
+    if resolved.get("zero_optimization", {}).get("compute_grad_norm", True) is not True:
+        problems.append(
+            "zero_optimization.compute_grad_norm has to be true: without it weights that are not "
+            "finite can be saved as good ones"
+        )
     for part in ("optimizer", "scheduler"):
         if part in resolved:
             problems.append(f"{part} belongs to the run's configuration (train.*): remove it")
@@ -120,7 +128,31 @@ def resolve_deepspeed_config(ds_config: dict, config: Config, world_size: int, b
         raise ConfigError(
             f'DeepSpeed keys left "auto" that the trainer does not know: {", ".join(left)}'
         )
+    _check_sections(resolved)
     return resolved
+
+
+def _check_sections(resolved: dict) -> None:
+    """DeepSpeed's own checks, which it makes only once data, model and memory bank are built."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    problems = []
+    for section, schema in (
+        ("bf16", DeepSpeedBF16Config),
+        ("zero_optimization", DeepSpeedZeroConfig),
+    ):
+        try:
+            schema(**resolved.get(section, {}))
+        except ValidationError as error:
+            for found in error.errors():
+                key = ".".join(map(str, (section, *found["loc"])))
+                problems.append(f"{key}: {found['msg']}")
+        except AssertionError as error:  # an old key beside the one that has replaced it
+            problems.append(f"{section}: {error}")
+    if problems:
+        raise ConfigError(f"DeepSpeed refuses its configuration: {'; '.join(problems)}")
 
 
 def _leaves(tree: dict, prefix: str = ""):

@@ -207,6 +207,7 @@ def _run(argv: list[str], stop) -> int:
     from trelm_ds import engine as engines
 
     device = engines.local_device(world)
+    engines.quiet_deepspeed(device)
     engines.check_tracker(config.train.report_to)
     given = engines.read_deepspeed_config(args.deepspeed) if args.deepspeed else DEFAULT_DEEPSPEED
     bf16 = engines.use_bf16(config, device)
