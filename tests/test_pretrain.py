@@ -1,15 +1,20 @@
 """What a run says and refuses before it begins."""
 
+import contextlib
+import io
+import os
+import platform
 from types import SimpleNamespace
 
 import pytest
 import torch
+from multiprocess import run_ranks
 
 from trelm_ds import engine, pretrain
 from trelm_ds.config import build_config
 from trelm_ds.distributed import World, report_once
-from trelm_ds.errors import ConfigError, DataError
-from trelm_ds.trainer import Trainer
+from trelm_ds.errors import ConfigError, DataError, TrelmError
+from trelm_ds.stopping import StopRequest
 
 
 @pytest.mark.parametrize(
@@ -90,6 +95,45 @@ def test_an_error_is_said_once_and_by_a_rank_that_has_it(monkeypatch, capsys, er
     assert capsys.readouterr().err.strip() == "error: " + " ".join(str(error).split())
 
 
+def refused_runs(rank, world_size, folder):
+    """What each rank raises, and says, of folders that do not serve, and what is left of them."""
+    pretrain.SHARED_WAITS_S = (0.0,)
+    (folder / f"node{rank}").mkdir()
+    os.chdir(folder / f"node{rank}")
+    found = {}
+    for name, data, output in (
+        ("unshared", "data", "run"),
+        ("no data", "none", "run"),
+        ("a file on the way", "data", str(folder / "data" / "manifest.json" / "run")),
+    ):
+        argv = ["--data_dir", str(folder / data), "--output_dir", output]
+        said = io.StringIO()
+        with pytest.raises(TrelmError) as caught, contextlib.redirect_stderr(said):
+            try:
+                pretrain.run(argv, StopRequest())
+            except TrelmError as error:
+                report_once(error)
+                raise
+        found[name] = (caught.value.exit_code, str(caught.value), said.getvalue())
+    return found, sorted(str(path.relative_to(folder)) for path in folder.glob("node*/**/*"))
+
+
+def test_folders_that_do_not_serve_are_refused_by_all_ranks_and_said_once(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").touch()
+    (first, left), (second, _) = run_ranks(refused_runs, 2, tmp_path)
+    host = platform.node()
+    for name, code, part in (
+        ("unshared", 2, f"run is not shared: what {host} writes there is not seen on {host};"),
+        ("no data", 2, "none: no manifest.json there"),
+        ("a file on the way", 1, "manifest.json"),
+    ):
+        assert first[name][:2] == second[name][:2]
+        assert first[name][0] == code and part in first[name][1]
+        assert first[name][2].count("\n") == 1 and second[name][2] == ""
+    assert left == ["node0/run", "node0/run/.lock"]
+
+
 @pytest.mark.parametrize(
     ("settings", "free"),
     [
@@ -99,6 +143,8 @@ def test_an_error_is_said_once_and_by_a_rank_that_has_it(monkeypatch, capsys, er
     ],
 )
 def test_a_budget_in_hours_that_decides_what_trains_is_not_changed_on_resume(settings, free):
+    from trelm_ds.trainer import Trainer  # seconds, which the ranks above do without
+
     def identity(hours):
         trainer = object.__new__(Trainer)
         trainer.config = build_config(settings | {"train.max_hours": hours})
