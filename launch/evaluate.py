@@ -71,11 +71,11 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         result = run(args)
         text = json.dumps(result, indent=2) + "\n"
+        print(text, end="", flush=True)  # first: the file may fail after hours of work
         if args.json:
             write_text(args.json, text)
     except (TrelmError, OSError) as error:
         return report(error)
-    print(text, end="")
     return EXIT_DONE
 
 

@@ -12,19 +12,26 @@ from integration.runs import full_parameters, make_trainer
 from multiprocess import run_ranks
 from tiny_corpus import write_tiny_corpus
 
+from trelm_ds import pretrain
 from trelm_ds.checkpoint import (
     LATEST,
     MANIFEST,
     Checkpointer,
     check_files,
+    checkpoint_folders,
     load_model_state,
     read_manifest,
 )
+from trelm_ds.config import build_config
 from trelm_ds.distributed import World
 from trelm_ds.errors import CheckpointError, WriteError
 from trelm_ds.metrics import read_metrics
 
 RUNS = (("zero0", False), ("zero0", True), ("zero1", True), ("zero2", False), ("zero3", False))
+TIED = {
+    "backbone.cls.predictions.decoder.weight": "backbone.bert.embeddings.word_embeddings.weight",
+    "backbone.cls.predictions.decoder.bias": "backbone.cls.predictions.bias",
+}
 
 
 def write_runs(rank, world_size, data_dir, output_dir):
@@ -131,9 +138,13 @@ def test_the_full_model_is_read_from_any_stage(runs, name):
     state = load_model_state(folder / name / "checkpoints" / "step_00000004")
     for key, value in weights[name].items():
         assert state[key].dtype == torch.float32
+        mine = state[key]
         if name == "zero0-bf16":  # DeepSpeed hands out the rounded copy only
-            state[key] = state[key].bfloat16().float()
-        assert torch.equal(state[key], value), key
+            mine = mine.bfloat16().float()
+            assert not torch.equal(state[key], mine), key
+        assert torch.equal(mine, value), key
+    for key, other in TIED.items():
+        assert torch.equal(state[key], state[other]), key
 
 
 def test_every_file_is_in_the_manifest_and_latest_names_the_last(run_dir):
@@ -187,8 +198,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run_dir, damage, caplog):
     with pytest.raises(CheckpointError, match="step_00000004"):
         load_model_state(newest)  # refused before anything is unpickled
     DAMAGE[damage](run_dir / "checkpoints" / "step_00000002")
-    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+    with pytest.raises(CheckpointError, match="no intact checkpoint") as caught:
         checkpointer(run_dir).find("latest")
+    assert caught.value.everywhere
+
+
+def test_another_runs_checkpoint_is_refused_by_all_ranks_at_once(run_dir):
+    engine = SimpleNamespace(zero_optimization_stage=lambda: 2, bfloat16_enabled=lambda: False)
+    with pytest.raises(CheckpointError, match="different run: bf16 was None") as caught:
+        checkpointer(run_dir)._check_identity(run_dir, {"zero_stage": 2}, engine)
+    assert caught.value.everywhere
 
 
 @pytest.mark.parametrize("content", [None, "", "step_99999999\n"])
@@ -247,6 +266,27 @@ def test_checkpoints_that_are_gone_are_not_begun_anew(run_dir):
     assert checkpointer(run_dir).find("latest") is None
 
 
+def test_a_users_copy_beside_the_checkpoints_is_not_the_runs(run_dir):
+    folder, mine = run_dir / "checkpoints", checkpointer(run_dir)
+    newest = folder / "step_00000004"
+    copies = [folder / name for name in ("step_00000002.keep", "step_00000004.bak", "step_final")]
+    for copy in copies:
+        shutil.copytree(newest, copy)
+    assert mine.oldest_step() == 2
+    assert mine.find("latest") == newest
+    assert [mine.is_own(path, 4) for path in (newest, copies[1])] == [True, False]
+    mine._set_aside_after(newest, 4)
+    assert (folder / LATEST).read_text() == "step_00000004\n"
+    (folder / "tmp-step_100000000").mkdir()  # a step of more digits is the newest all the same
+    mine._publish(folder / "tmp-step_100000000", folder / "step_100000000", {})
+    kept = [path.name for path in checkpoint_folders(folder).values()]
+    assert kept == ["step_00000004", "step_100000000"]  # of two
+    assert all(copy.is_dir() for copy in copies)
+    mine._set_aside_after(copies[1], 4)  # the run goes on from a copy of its own
+    assert not newest.exists() and all(copy.is_dir() for copy in copies)
+    pretrain._refuse_other_run(run_dir, build_config())  # nothing but copies
+
+
 def save_again(rank, world_size, data_dir, output_dir):
     """Leftovers of a killed save at the same step, and a rank that cannot write."""
     trainer = make_trainer(data_dir, output_dir, train__max_steps=2)
@@ -297,18 +337,44 @@ def save_again(rank, world_size, data_dir, output_dir):
     resumed = make_trainer(
         data_dir, output_dir, train__max_steps=2, train__resume_from_checkpoint="latest"
     )
-    return problems, folders, resumed.save().stat().st_ino == saved
+    is_kept = resumed.save().stat().st_ino == saved
+    elsewhere = make_trainer(
+        data_dir,
+        output_dir / "elsewhere",
+        train__max_steps=2,
+        train__export=True,
+        train__resume_from_checkpoint=str(output_dir / "checkpoints" / "step_00000003"),
+    )
+    assert elsewhere.done
+    elsewhere.finish()
+    return problems, folders, is_kept
 
 
-def test_leftovers_are_replaced_and_a_failed_save_leaves_the_last_one(runs, tmp_path):
-    results = run_ranks(save_again, 2, runs[0] / "data", tmp_path / "run")
+@pytest.fixture(scope="module")
+def saved_again(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("again") / "run"
+    return folder, run_ranks(save_again, 2, runs[0] / "data", folder)
+
+
+def test_leftovers_are_replaced_and_a_failed_save_leaves_the_last_one(saved_again):
+    folder, results = saved_again
     for problems, folders, is_kept in results:
         assert is_kept
         assert len(problems) == 4 and all("was not written" in problem for problem in problems)
         assert ["rank 1" in problem for problem in problems] == [False, True, True, False]
         assert ["No space" in problem for problem in problems] == [True, True, True, False]
         assert folders == ["step_00000002"]
-    assert checkpointer(tmp_path / "run").find("latest").name == "step_00000003"
+    assert checkpointer(folder).find("latest").name == "step_00000003"
+
+
+def test_a_finished_run_that_goes_on_in_another_folder_is_complete_there(saved_again):
+    run, _ = saved_again
+    here, there = (
+        load_model_state(folder / "checkpoints" / "step_00000003")
+        for folder in (run, run / "elsewhere")
+    )
+    assert all(torch.equal(value, there[name]) for name, value in here.items())
+    assert (run / "elsewhere" / "hf" / "model.safetensors").is_file()
 
 
 FULL = "OSError: [Errno 28] No space left on device"

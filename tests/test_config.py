@@ -131,11 +131,28 @@ def test_deepspeed_conflicts_are_listed_in_one_error():
         ({"datastates_ckpt": {}}, "datastates_ckpt is not supported"),
         ({"zero_optimization": 2}, "zero_optimization is not a JSON object"),
         ({"bf16": True}, "bf16 is not a JSON object"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm has to be true"),
     ],
 )
 def test_what_would_write_behind_a_checkpoints_back_is_refused(given, said):
     with pytest.raises(ConfigError, match=said):
         resolve_deepspeed_config(given, load_config("trelm"), 1, bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("section", "given", "said"),
+    [
+        ("zero_optimization", {"overlap_com": True}, "overlap_com: Extra"),
+        ("zero_optimization", {"reduce_bucket_size": "5e8x"}, "reduce_bucket_size: Input should"),
+        ("zero_optimization", {"offload_optimizer": {"devise": "cpu"}}, "offload_optimizer.devise"),
+        ("bf16", {"enable": True}, "enable: Extra"),
+    ],
+)
+def test_what_deepspeed_does_not_know_is_named_before_anything_is_built(section, given, said):
+    given = {"zero_optimization": {"stage": 2}} | {section: given}
+    with pytest.raises(ConfigError) as error:
+        resolve_deepspeed_config(given, load_config("trelm"), 1, bf16=False)
+    assert f": {section}.{said}" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_missing_or_broken_deepspeed_file_is_one_line(tmp_path):

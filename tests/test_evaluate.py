@@ -351,6 +351,15 @@ def test_command_line_errors_are_one_line(repo, hf_folder, data, capsys, argumen
     assert err.count("\n") == 1 and err.startswith("error: ") and said in err and not out
 
 
+def test_a_result_is_printed_where_its_file_cannot_be_written(repo, tmp_path, monkeypatch, capsys):
+    main = _cli(repo, "evaluate")
+    monkeypatch.setitem(main.__globals__, "run", lambda args: {"p1": 0.5})
+    argv = ["lama", "--model", "m", "--data", "d", "--json", str(tmp_path)]  # a folder, not a file
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"p1": 0.5} and err.count("\n") == 1 and str(tmp_path) in err
+
+
 def test_heldout_texts_are_for_models_of_their_vocabulary_and_length(
     repo, hf_folder, data, tmp_path, monkeypatch, capsys
 ):

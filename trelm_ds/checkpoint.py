@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 LATEST = "LATEST"
 TEMPORARY = "tmp-"
+_NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")  # what ``checkpoint_name`` gives
 LAST_STEP = "checkpoint/last_step"  # in the metrics: the step of the newest checkpoint
 
 
@@ -59,6 +61,16 @@ class TrainState:
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def checkpoint_folders(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run's ``checkpoints`` by their steps, oldest first, complete or not.
+
+    Other names are the user's: a copy ``step_00000800.keep`` is not the run's to find or to delete.
+    """
+    matches = (_NAME.fullmatch(path.name) for path in folder.glob("step_*"))
+    steps = sorted(int(match[1]) for match in matches if match)
+    return {step: folder / checkpoint_name(step) for step in steps}
 
 
 def _payload_files(folder: Path) -> list[str]:
@@ -241,12 +253,12 @@ class Checkpointer:
 
     def _published(self, but: Path) -> list[Path]:
         """The other complete checkpoints, newest first."""
-        folders = [p.parent for p in self.folder.glob(f"step_*/{MANIFEST}") if p.parent != but]
-        return sorted(folders, key=lambda p: p.name, reverse=True)
+        folders = reversed(checkpoint_folders(self.folder).values())
+        return [path for path in folders if path != but and (path / MANIFEST).exists()]
 
     def oldest_step(self) -> int:
         """Step of the oldest checkpoint that is kept; 0 if there is none."""
-        return min((int(p.name[5:]) for p in self.folder.glob("step_*")), default=0)
+        return min(checkpoint_folders(self.folder), default=0)
 
     # -- restoring ------------------------------------------------------------------------------
 
@@ -262,7 +274,7 @@ class Checkpointer:
                 there were some and all are gone.
         """
         if which == "latest":
-            names = sorted((str(p) for p in self.folder.glob("step_*")), reverse=True)
+            names = [str(path) for path in reversed(checkpoint_folders(self.folder).values())]
             traces = [] if names else self._traces()
             names, traces = gather_objects((names, traces), self._group)[0]  # as rank 0 sees it
             candidates = [Path(name) for name in names]
@@ -285,7 +297,9 @@ class Checkpointer:
                     logger.warning("using %s: %s", candidate.name, "; ".join(problems))
                 return candidate
             problems.append(problem)
-        raise CheckpointError("no intact checkpoint to resume from: " + "; ".join(problems))
+        raise CheckpointError(
+            "no intact checkpoint to resume from: " + "; ".join(problems), everywhere=True
+        )
 
     def _traces(self) -> list[str]:
         """What proves that this run has had checkpoints. A run that died before its first one has
@@ -338,7 +352,7 @@ class Checkpointer:
                 torch.cuda.set_rng_state(rng["cuda"], self._device)
         else:  # each rank's own seed, but not the draws of the run's beginning again
             torch.manual_seed(torch.initial_seed() + document["step"])
-        self._set_aside_after(folder)
+        self._set_aside_after(folder, document["step"])
         return TrainState(**{k: document[k] for k in asdict(TrainState())})
 
     def _loadable(self, folder: Path, document: dict, engine):
@@ -358,7 +372,11 @@ class Checkpointer:
         truncated = bool(self._identity.get("routing.truncated_depth"))
         return universal_checkpoint(folder, temporary, engine, self._world, self._group, truncated)
 
-    def _set_aside_after(self, folder: Path) -> None:
+    def is_own(self, folder: Path, step: int) -> bool:
+        """Whether a checkpoint of a step is this run's, and not another one's or a user's copy."""
+        return folder.resolve() == (self.folder / checkpoint_name(step)).resolve()
+
+    def _set_aside_after(self, folder: Path, step: int) -> None:
         """Later checkpoints here belong to a branch that is left: ``latest`` must not find them
         again once the run goes on from this one, nor may they take the place of newer ones.
 
@@ -367,10 +385,10 @@ class Checkpointer:
         with write_together(f"{self.folder} cannot be changed", self._group):
             if not self._world.is_main or not self.folder.is_dir():
                 return
-            own = folder.resolve().parent == self.folder.resolve()
+            own = self.is_own(folder, step)
             kept = []
-            for found in sorted(self.folder.glob("step_*")):
-                if found.name < folder.name or (own and found.name == folder.name):
+            for saved, found in checkpoint_folders(self.folder).items():
+                if saved < step or (own and saved == step):
                     kept.append(found.name)
                     continue
                 logger.warning("setting %s aside: the run goes on from %s", found, folder)
@@ -394,7 +412,9 @@ class Checkpointer:
             if saved.get(key) != wanted.get(key)
         ]
         if differences:
-            raise CheckpointError(f"{folder} belongs to a different run: " + "; ".join(differences))
+            raise CheckpointError(
+                f"{folder} belongs to a different run: " + "; ".join(differences), everywhere=True
+            )
 
 
 def read_manifest(folder: Path) -> dict:
@@ -446,16 +466,24 @@ def _silence():
 
 
 def _replicated_state(folder: Path) -> dict[str, torch.Tensor]:
-    """ZeRO 0: rank 0 holds everything; in bf16 the float32 masters are in the optimizer's part."""
+    """ZeRO 0: rank 0 holds everything; in bf16 the float32 masters are in the optimizer's part.
+
+    That part has a tied parameter by one of its names, and the model is loaded by all of them.
+    """
     shard = torch.load(
         folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
     )
     state, optimizer = shard["module"], shard.get("optimizer") or {}
     masters = optimizer.get("fp32_groups")
     if masters:
+        tied: dict[tuple, list[str]] = {}
+        for name, value in state.items():
+            tied.setdefault((value.data_ptr(), value.shape), []).append(name)
+        names_of = {name: names for names in tied.values() for name in names}
         groups = optimizer["optimizer_state_dict"]["param_groups"]
         for group, tensors in zip(groups, masters, strict=True):
-            state.update(zip(group["names"], tensors, strict=True))
+            for name, tensor in zip(group["names"], tensors, strict=True):
+                state.update(dict.fromkeys(names_of[name], tensor))
     return state
 
 

@@ -52,15 +52,26 @@ def zero_stage(ds_config: dict) -> int:
 def use_bf16(config: Config, device: torch.device) -> bool:
     if config.train.bf16 is not None:
         return config.train.bf16
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return has_bf16(device)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16 itself. ``torch.cuda.is_bf16_supported`` counts GPUs that
+    emulate it, and asks the current device."""
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def resolve_deepspeed_config(ds_config: dict, config: Config, world_size: int, bf16: bool) -> dict:
     """Fills every ``"auto"`` from the run's configuration and checks what is written out.
 
+    DeepSpeed is imported for it: ``quiet_deepspeed`` comes first.
+
     Raises:
         ConfigError: one message with every value that contradicts the run's configuration, or a
-            part of DeepSpeed that the trainer does itself (optimizer, scheduler, fp16).
+            part of DeepSpeed that the trainer does itself (optimizer, scheduler, fp16); or with
+            every key or value that DeepSpeed does not know.
     """
     resolved = copy.deepcopy(ds_config)
     for key in ("zero_optimization", "bf16", "fp16", "checkpoint"):
@@ -93,6 +104,11 @@ def resolve_deepspeed_config(ds_config: dict, config: Config, world_size: int, b
         )
     if resolved.get("datastates_ckpt", False) is not False:
         problems.append("datastates_ckpt is not supported: checkpoints are written before they end")
+    if resolved.get("zero_optimization", {}).get("compute_grad_norm", True) is not True:
+        problems.append(
+            "zero_optimization.compute_grad_norm has to be true: without it weights that are not "
+            "finite can be saved as good ones"
+        )
     for part in ("optimizer", "scheduler"):
         if part in resolved:
             problems.append(f"{part} belongs to the run's configuration (train.*): remove it")
@@ -112,7 +128,31 @@ def resolve_deepspeed_config(ds_config: dict, config: Config, world_size: int, b
         raise ConfigError(
             f'DeepSpeed keys left "auto" that the trainer does not know: {", ".join(left)}'
         )
+    _check_sections(resolved)
     return resolved
+
+
+def _check_sections(resolved: dict) -> None:
+    """DeepSpeed's own checks, which it makes only once data, model and memory bank are built."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    problems = []
+    for section, schema in (
+        ("bf16", DeepSpeedBF16Config),
+        ("zero_optimization", DeepSpeedZeroConfig),
+    ):
+        try:
+            schema(**resolved.get(section, {}))
+        except ValidationError as error:
+            for found in error.errors():
+                key = ".".join(map(str, (section, *found["loc"])))
+                problems.append(f"{key}: {found['msg']}")
+        except AssertionError as error:  # an old key beside the one that has replaced it
+            problems.append(f"{section}: {error}")
+    if problems:
+        raise ConfigError(f"DeepSpeed refuses its configuration: {'; '.join(problems)}")
 
 
 def _leaves(tree: dict, prefix: str = ""):
@@ -150,12 +190,14 @@ def check_tracker(report_to: str) -> None:
 
 
 def local_device(world: World) -> torch.device:
-    """This rank's accelerator, or the CPU.
+    """This rank's accelerator, or the CPU, also where ``DS_ACCELERATOR`` says so to DeepSpeed.
 
     Raises:
         ConfigError: a rank without a GPU beside others that have one, or a GPU that torch cannot
             use: training on the CPU by mistake is found out hours later.
     """
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if world.local_rank >= count:
@@ -165,7 +207,7 @@ def local_device(world: World) -> torch.device:
             )
         return torch.device("cuda", world.local_rank)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if NVIDIA_DEVICE.exists() and not hidden and os.environ.get("DS_ACCELERATOR") != "cpu":
+    if NVIDIA_DEVICE.exists() and not hidden:
         raise ConfigError(
             f"{platform.node()} has an NVIDIA GPU but torch sees none: its build does not fit "
             "the driver, or the GPU is not this process's; to train on the CPU set "

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import fcntl
 import json
 import logging
 import os
+import platform
 import sys
 import time
+import uuid
 from pathlib import Path
 
 from trelm_ds import stack_dump
 from trelm_ds.arguments import parse_arguments
+from trelm_ds.checkpoint import checkpoint_folders
 from trelm_ds.config import Config
 from trelm_ds.distributed import (
     World,
@@ -29,12 +33,15 @@ from trelm_ds.errors import (
     ConfigError,
     DataError,
     TrelmError,
+    WriteError,
 )
+from trelm_ds.files import try_again
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_DIR = "outputs/sample_data"
 LOCK_WAIT_S = 30.0
+SHARED_WAITS_S = (0.1, 1.0, 5.0, 10.0)  # before a rank looks again for what rank 0 has written
 _held_locks: list = []  # open files: a lock lasts as long as its file
 DEFAULT_DEEPSPEED = {"zero_optimization": {"stage": 2}}
 
@@ -86,7 +93,7 @@ def choose_output_dir(config: Config) -> Path:
 
 
 def _refuse_other_run(path: Path, config: Config) -> None:
-    if any(path.glob("checkpoints/step_*")) and not config.train.resume_from_checkpoint:
+    if checkpoint_folders(path / "checkpoints") and not config.train.resume_from_checkpoint:
         raise ConfigError(
             f"{path} holds checkpoints of an earlier run: go on with "
             "--resume_from_checkpoint latest, or choose another --output_dir"
@@ -136,7 +143,11 @@ def data_folder(named: str | Path | None) -> Path:
 
 
 def _prepare_folders(config: Config, world: World) -> None:
-    """Rank 0 picks the folders and writes what is missing; every rank takes its choice."""
+    """Rank 0 picks the folders and writes what is missing; every rank takes its choice.
+
+    Raises:
+        TrelmError: on all ranks: rank 0 could not.
+    """
     choice, problem = None, None
     if world.is_main:
         try:
@@ -150,12 +161,43 @@ def _prepare_folders(config: Config, world: World) -> None:
             _lock(output)
             _refuse_other_run(output, config)  # again: one may have ended while this one waited
             choice = (str(output), str(data))
-        except (TrelmError, OSError) as error:
+        except TrelmError as error:
             problem = error
+            problem.everywhere = True
+        except OSError as error:
+            problem = WriteError(str(error), everywhere=True)
     choice, problem = gather_objects((choice, problem))[0]
     if problem is not None:
         raise problem
     config.train.output_dir, config.data.data_dir = choice
+
+
+def _refuse_unshared(output: Path, world: World) -> None:
+    """A checkpoint is one folder that all ranks write into; the first would fail, hours later.
+
+    Raises:
+        ConfigError: on all ranks: what rank 0 writes is not seen from some hosts.
+        WriteError: on all ranks: it cannot write.
+    """
+    name = gather_objects(f".shared-{uuid.uuid4().hex}")[0]  # one that no earlier run has left
+    host, blind = platform.node(), False
+    with write_together(f"{output} cannot be written"):
+        if world.is_main:
+            (output / name).touch()
+    try:
+        try_again((output / name).stat, SHARED_WAITS_S)  # a network file system may be late
+    except OSError:
+        blind = True
+    hosts = gather_objects((host, blind))
+    if world.is_main:
+        with contextlib.suppress(OSError):  # the other ranks go on
+            (output / name).unlink()
+    if without := sorted({where for where, unseen in hosts if unseen}):
+        raise ConfigError(
+            f"--output_dir {output} is not shared: what {hosts[0][0]} writes there is not seen on "
+            f"{', '.join(without)}; name a folder that all nodes share",
+            everywhere=True,
+        )
 
 
 def _write_records(config: Config, ds_config: dict) -> None:
@@ -206,6 +248,7 @@ def _run(argv: list[str], stop) -> int:
     from trelm_ds import engine as engines
 
     device = engines.local_device(world)
+    engines.quiet_deepspeed(device)
     engines.check_tracker(config.train.report_to)
     given = engines.read_deepspeed_config(args.deepspeed) if args.deepspeed else DEFAULT_DEEPSPEED
     bf16 = engines.use_bf16(config, device)
@@ -225,6 +268,7 @@ def _run(argv: list[str], stop) -> int:
     engines.init_distributed(world, device)
     _prepare_folders(config, world)
     output = Path(config.train.output_dir)
+    _refuse_unshared(output, world)  # before other nodes make a folder of that name
     with write_together(f"{output / 'logs'} cannot be written"):
         setup_logging(world, output)
     engines.add_tracker(ds_config, config.train.report_to, output)

@@ -330,7 +330,7 @@ class Trainer:
             )
             logger.info("resumed from %s at step %d", found, self.state.step)
             self._warn_of_another_split(found)
-            if found.resolve().parent == self.checkpoints.folder.resolve():
+            if self.checkpoints.is_own(found, self.state.step):
                 self._saved = self.state.step  # a stop before the next step writes nothing again
         elif which:
             logger.info("no checkpoint in %s yet: starting from step 0", self.checkpoints.folder)
@@ -716,9 +716,12 @@ class Trainer:
     def finish(self) -> None:
         """Exports the last checkpoint as a Hugging Face folder and draws the curves.
 
+        Where a run was done when it went on from another folder's, it is written here first.
+
         Raises:
-            WriteError: on all ranks: rank 0 could not.
+            WriteError: on all ranks: one of them could not.
         """
+        self.save()
         with write_together(f"{self.output_dir} could not be completed", self.control):
             self._write_results()
 

@@ -51,11 +51,12 @@ def make_trainer(data_dir, output_dir, method="trelm", zero="zero2", device=None
     flat |= {"data.data_dir": str(data_dir), "train.output_dir": str(output_dir)}
     config = load_config(method, overrides=flat)
     Path(output_dir).mkdir(parents=True, exist_ok=True)
+    device = device or torch.device("cpu")
+    engines.quiet_deepspeed(device)
     given = engines.read_deepspeed_config(REPO / "ds_configs" / f"{zero}.json")
     resolved = engines.resolve_deepspeed_config(
         copy.deepcopy(given), config, world.size, config.train.bf16
     )
-    device = device or torch.device("cpu")
     engines.init_distributed(world, device)
     trainer = Trainer(config, resolved, world, device, StopRequest())
     trainer.resume()

@@ -18,6 +18,7 @@ from torch import nn
 from trelm_ds.config import TrainConfig
 from trelm_ds.downstream.examples import Example, Task, encode_examples, spread
 from trelm_ds.downstream.settings import FineTuning
+from trelm_ds.engine import has_bf16
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.model import max_positions
 from trelm_ds.schedules import learning_rate
@@ -172,10 +173,6 @@ def train(
             total / len(examples),
         )  # fmt: skip
     return total / len(examples)
-
-
-def has_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 @torch.no_grad()
