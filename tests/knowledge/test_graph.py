@@ -213,6 +213,46 @@ def test_a_damaged_graph_is_named(folder, name, damage, message):
     assert "\n" not in text and (name in text or "triples.npy" in text)
 
 
+def npy(shape: str, data: bytes = b"", end: str = ", }") -> bytes:
+    """An int32 array file that says it has this shape."""
+    header = f"{{'descr': '<i4', 'fortran_order': False, 'shape': {shape}{end}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+NO_ARRAYS = {
+    "empty": b"",
+    "archive": b"PK\x03\x04",
+    "magic alone": b"\x93NUMPY",
+    "no data": npy("(1, 3)"),
+    "600 TB": npy("(50000000000000, 3)", bytes(12)),
+    "over 64 bits": npy(f"({10**23}, 3)", bytes(12)),
+    "0 elements in 64 bits": npy("(4294967296, 4294967296)", bytes(12)),
+    "negative": npy("(-1, 3)", bytes(12)),
+    "truth value": npy("(True, 3)", bytes(12)),
+    "5000 digits": npy(f"({'9' * 5000}, 3)", bytes(12)),
+    "open bracket": npy("(1, 3)", bytes(12), end=", }("),
+    "deep": npy("(1, 3)", bytes(12), end=", }" + "-" * 9000),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ARRAYS)
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_array_file_is_one_clear_error(tmp_path, kind):
+    path = tmp_path / "x.npy"
+    path.write_bytes(NO_ARRAYS[kind])
+    with pytest.raises(DataError, match="x.npy: not a readable .npy array: ") as caught:
+        load_array(path, "int32", (None, 3))
+    assert "\n" not in str(caught.value)
+
+
+def test_small_and_empty_arrays_are_mapped_too(tmp_path):
+    path = tmp_path / "x.npy"
+    path.write_bytes(npy("(1, 3)", bytes(12)))
+    assert load_array(path, "int32", (None, 3)).tolist() == [[0, 0, 0]]
+    save_array(path, np.zeros((0, 3), INT32))
+    assert load_array(path, "int32", (None, 3)).shape == (0, 3)
+
+
 def test_a_withheld_fact_among_the_triples_is_refused(corpus, folder):
     save_array(folder / "graph" / "withheld.npy", corpus.triples[3:4])
     with pytest.raises(DataError, match="a withheld fact is a training triple"):
@@ -233,6 +273,7 @@ def test_a_withheld_fact_among_the_triples_is_refused(corpus, folder):
         ),
         ("aliases.tsv", text("\t1\n", "\t24\n"), "aliases", "entity index '24'"),
         ("aliases.tsv", text("\t1\n", "\t-1\n"), "aliases", "entity index '-1'"),
+        ("aliases.tsv", text("\t1\n", f"\t{'1' * 5000}\n"), "aliases", "entity index '1{40}'"),
     ],
 )
 def test_damaged_names_are_named(folder, name, damage, read, message):
@@ -282,6 +323,15 @@ def test_unscored_values_are_not_finite(folder):
 def test_long_tail_words_match_the_manifest(folder):
     save_tables(folder, long_tail_words=[("one", 3)])
     with pytest.raises(DataError, match="long_tail_words.tsv: not 5 rows"):
+        KnowledgeTables.load(folder)
+
+
+@pytest.mark.parametrize("count", ["-1", "", "9" * 5000])
+def test_counts_of_long_tail_words_are_numbers(folder, count):
+    path = folder / "tables" / "long_tail_words.tsv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0].rpartition("\t")[0] + f"\t{count}", *lines[1:]]) + "\n")
+    with pytest.raises(DataError, match="long_tail_words.tsv: a count is not a number"):
         KnowledgeTables.load(folder)
 
 

@@ -15,11 +15,12 @@ import numpy as np
 
 from trelm_ds.data.schema import ROLE_HEAD, ROLE_TAIL
 from trelm_ds.data.shards import load_manifest
-from trelm_ds.errors import DataError
+from trelm_ds.errors import DataError, one_line
 from trelm_ds.files import file_sha256, whole_file
 
 NAME_TOKENS = 8  # columns of entity_names and relation_names
 TWO_HOP_CAP = 1000
+_NPY_MAGIC = b"\x93NUMPY"
 
 
 def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
@@ -33,17 +34,19 @@ def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndar
         DataError: missing, not an array file, pickled, or of another dtype or shape.
     """
     try:
-        # Empty arrays cannot be mapped; everything else is.
-        mode = "r" if path.stat().st_size > 256 else None
-        array = np.load(path, mmap_mode=mode, allow_pickle=False)
+        with open(path, "rb") as file:
+            if file.read(len(_NPY_MAGIC)) != _NPY_MAGIC:  # np.load opens archives and pickles too
+                raise ValueError("it does not begin like one")
+        # Mapped however small: a read allocates what the header says, whatever the file holds.
+        with np.errstate(over="ignore"):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: not found") from None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable .npy array: {error}") from None
-    if not isinstance(array, np.ndarray):  # np.load opens .npz archives too
-        raise DataError(f"{path}: not a readable .npy array")
+    # The header is parsed as Python and its shape not checked: errors of any kind are possible.
+    except Exception as error:
+        raise DataError(f"{path}: not a readable .npy array: {one_line(error)}") from None
     fits = len(array.shape) == len(shape) and all(
         want is None or have == want for have, want in zip(array.shape, shape, strict=True)
     )
@@ -91,6 +94,11 @@ def load_rows(path: Path, columns: int) -> list[list[str]]:
         if len(row) != columns:
             raise DataError(f"{path}: line {number} has {len(row)} values, not {columns}")
     return rows
+
+
+def _number(text: str) -> int | None:
+    """The number a text is in decimal digits; None: no number, or one beyond any index or count."""
+    return int(text) if text.isdecimal() and len(text) <= 18 else None
 
 
 def _load_numbered_rows(path: Path, columns: int) -> list[list[str]]:
@@ -277,10 +285,11 @@ class KnowledgeGraph:
         """(alias, entity index) pairs."""
         path = self.folder / "graph" / "aliases.tsv"
         pairs = []
-        for number, (alias, entity) in enumerate(load_rows(path, 2), 1):
-            if not entity.isdecimal() or int(entity) >= self.num_entities:
-                raise DataError(f"{path}: line {number}: entity index {entity!r}")
-            pairs.append((alias, int(entity)))
+        for number, (alias, text) in enumerate(load_rows(path, 2), 1):
+            entity = _number(text)
+            if entity is None or entity >= self.num_entities:
+                raise DataError(f"{path}: line {number}: entity index {text[:40]!r}")
+            pairs.append((alias, entity))
         return pairs
 
     # Triples are sorted by head, so an entity's head edges are a slice of them; tail edges are a
@@ -464,10 +473,10 @@ class KnowledgeTables:
     def long_tail_words(self) -> list[tuple[str, int]]:
         """(word, count) in key order."""
         path = self.folder / "tables" / "long_tail_words.tsv"
-        rows = _load_numbered_rows(path, 3)
-        if not all(row[2].isdecimal() for row in rows):
+        words = [(word, _number(count)) for _, word, count in _load_numbered_rows(path, 3)]
+        if any(count is None for _, count in words):
             raise DataError(f"{path}: a count is not a number")
-        return [(word, int(count)) for _, word, count in rows]
+        return words
 
     @classmethod
     def load(cls, folder: str | Path) -> KnowledgeTables:
