@@ -111,6 +111,13 @@ def test_windows_end_at_sentences_and_cover_every_token_once(bert):
         assert all(e - b <= size for b, e in runs)
 
 
+@pytest.mark.timeout(60)
+def test_windows_of_a_million_blanks_take_no_quadratic_time(bert):
+    text = "the france is in" + " " * 1_000_000 + "lyon\n the paris"
+    item = encode_texts(bert, [text])[0]
+    assert windows(item, text, np.empty((0, 3), np.int32), 6) == [(0, 5), (5, 7)]
+
+
 def test_windows_split_neither_mentions_nor_words_unless_they_must(bert):
     text = "in zoo " * 8
     item = encode_texts(bert, [text])[0]  # in z ##o ##o, 4 tokens each

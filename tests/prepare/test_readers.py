@@ -644,6 +644,17 @@ def test_wikipedia_links_are_mentions_and_so_are_their_repetitions(tmp_path, for
     assert corpus.graph.entities["Q90"].aliases == ("Paris",)
 
 
+@pytest.mark.timeout(60)
+def test_wikipedia_surfaces_end_with_letters_in_no_quadratic_time(tmp_path):
+    dots = "." * 1_000_000
+    text = f'<a href="Paris">-P{dots}s.</a>, <a href="Paris">?!</a>: {"P" + dots + "s"}, P!'
+    article = {"id": "1", "title": "Other", "text": text}
+    corpus = read_wikipedia([write_wikipedia(tmp_path, {"wiki_00": [article]})], ReaderOptions())
+    (document,) = corpus.documents
+    found = [(document.text[start:end].replace(dots, ""), e) for start, end, e in document.spans]
+    assert found == [("-Ps.", "Q90"), ("?!", "Q90"), ("Ps", "Q90")]
+
+
 def test_wikipedia_names_come_from_the_graph_first(tmp_path):
     known = RawGraph()
     known.name_entity("Q90", "Paris, France")
