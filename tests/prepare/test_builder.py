@@ -14,7 +14,7 @@ from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.prepare import builder
 from trelm_ds.prepare.builder import BuildOptions, build
 from trelm_ds.prepare.cli import prepare
-from trelm_ds.prepare.entities import two_hop_counts
+from trelm_ds.prepare.entities import Mentioned, index_graph, two_hop_counts
 from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawEntity, RawGraph, RawProbe
 from trelm_ds.prepare.reader import ReaderOptions
 from trelm_ds.prepare.verify import verify
@@ -338,6 +338,18 @@ def test_tail_is_the_lower_half_of_the_mentioned_subjects():
     probes.append(RawProbe("P1", None, "Q5", "[MASK]", "x"))
     rows = list(builder.probe_rows(probes, index, frequency, Counter()))
     assert [row["tail"] for row in rows] == [False, True, True, True, True, False]
+
+
+def test_ids_that_are_equal_as_numbers_have_an_order():
+    """Ids come out of sets: what ties in the key stood in the order of PYTHONHASHSEED."""
+    ids = [f"n{'0' * zeros}{i}" for i in (1, 2) for zeros in range(20, -1, -1)]
+    relations = [f"r{'0' * zeros}1" for zeros in range(20, -1, -1)]
+    triples = [(head, relation, "n2") for head, relation in zip(ids, relations * 2, strict=True)]
+    graph = RawGraph({entity: RawEntity(entity) for entity in ids}, {}, triples)
+    mentioned = {entity: Mentioned(entity, "d", 1) for entity in ids}
+    indexed = index_graph(graph, mentioned, [], False, Counter())
+    assert [row[0] for row in indexed.entities] == ids
+    assert [row[0] for row in indexed.relations] == relations
 
 
 def test_two_hop_counts_equal_a_search(monkeypatch):
