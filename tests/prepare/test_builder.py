@@ -258,6 +258,15 @@ def test_a_refused_corpus_leaves_nothing_behind(tmp_path, corpus, strict, messag
     assert not output.exists() and not leftovers(output)
 
 
+def test_a_text_too_long_to_be_encoded_whole_is_refused(tmp_path, monkeypatch):
+    text = text_of(spans=[(0, 5, "Q90")])
+    monkeypatch.setattr(builder, "_MAX_CHARACTERS", len(text.text))
+    build_quickly(corpus_of(text), tmp_path / "as long as can be")
+    text.text += "s"
+    with pytest.raises(DataError, match="document 'd': 33 characters, more than 32"):
+        build_quickly(corpus_of(text), tmp_path / "longer")
+
+
 def test_a_failure_half_way_keeps_the_old_folder(source, tmp_path, monkeypatch):
     output = tmp_path / "data"
     prepare(arguments(source, output))

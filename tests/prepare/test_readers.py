@@ -11,8 +11,10 @@ import pytest
 from prepare.corpora import CITIES, trex_fact, write_lines, write_own_graph, write_trex
 
 from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.prepare import files
 from trelm_ds.prepare.entities import Mentioned, index_graph
 from trelm_ds.prepare.ernie import read_ernie
+from trelm_ds.prepare.files import read_json
 from trelm_ds.prepare.graphs import read_graph
 from trelm_ds.prepare.jsonl import read_jsonl
 from trelm_ds.prepare.raw import RawCorpus, RawGraph
@@ -581,6 +583,16 @@ def test_bad_graphs(tmp_path, source, error, message):
     (tmp_path / "folder").mkdir()
     with pytest.raises(error, match=message):
         read_graph(str(tmp_path / source))
+
+
+def test_a_file_that_is_one_object_has_a_limit(tmp_path, monkeypatch):
+    """Lines have one, but a small gzip file can hold any number of them."""
+    lines = ["{", *["" for _ in range(200)], '"a": 1}']
+    path = write_lines(tmp_path / "a.json.gz", lines)
+    assert read_json(path) == {"a": 1}
+    monkeypatch.setattr(files, "MAX_JSON_CHARACTERS", 100)
+    with pytest.raises(DataError, match="a.json.gz: longer than 100 characters"):
+        read_json(path)
 
 
 # --- wikipedia ----------------------------------------------------------------------------------
