@@ -164,11 +164,23 @@ def test_verify_finds_one_changed_byte(prepared, damage, message):
     verify(prepared)
 
 
-def test_verify_finds_a_probe_of_an_unknown_entity(prepared):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"subject": 0, "object": 99, "text": "[MASK]"}', "not a probe of this folder's entit"),
+        (b'{"subject": -2, "object": 0, "text": "[MASK]"}', "not a probe of this folder's entit"),
+        (b'{"subject": 0, "object": 0, "text": "none"}', "not a probe of this folder's entities"),
+        (b'{"subject": 0, "object": 0, "text": ["[MASK]"]}', "'text' has the wrong type: list"),
+        (b'{"object": 0, "text": "[MASK]"}', "'subject' is missing"),
+        (b'{"subject": 0, "object": 0, "text": "\xff [MASK]"}', "not UTF-8"),
+        (b"[0]", "expected a JSON object"),
+    ],
+)
+def test_verify_finds_what_is_no_probe(prepared, line, message):
     path = prepared / "probe" / "template.jsonl"
     try:
-        path.write_text(json.dumps({"subject": 0, "object": 99, "text": "[MASK]"}) + "\n")
-        with pytest.raises(DataError, match=r"template.jsonl:1: not a probe"):
+        path.write_bytes(b'{"subject": -1, "object": 0, "text": "[MASK]"}\n' + line + b"\n")
+        with pytest.raises(DataError, match=rf"template.jsonl:\d: {message}"):
             verify(prepared)
     finally:
         path.unlink()

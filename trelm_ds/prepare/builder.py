@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trelm_ds.data.schema import MAX_DOC_CHARACTERS, Sample
+from trelm_ds.data.schema import MAX_DOC_CHARACTERS, MAX_TOKENS, Sample
 from trelm_ds.data.shards import (
     MAX_OPEN_SHARDS,
     SAMPLES_PER_SHARD,
@@ -84,8 +84,8 @@ class BuildOptions:
     vocab_min_count: int = 0
 
     def __post_init__(self):
-        if not 16 <= self.max_seq_length <= 4096:
-            raise ConfigError(f"--max_seq_length {self.max_seq_length}: must be 16 to 4096")
+        if not 16 <= self.max_seq_length <= MAX_TOKENS:
+            raise ConfigError(f"--max_seq_length {self.max_seq_length}: must be 16 to {MAX_TOKENS}")
         if self.vocab_min_count < 0:
             raise ConfigError(f"--vocab_min_count {self.vocab_min_count}: must not be negative")
         for name in ("dim", "epochs"):
