@@ -404,6 +404,10 @@ def test_graph_formats(tmp_path):
     graph = read_graph(str(freebase))
     assert graph.triples == [("Q90", "/a/b", "Q142")]
     assert graph.entities["Q90"].aliases == ("P",) and graph.relations == {"/a/b": "a b"}
+    for no_list in (5, "Pa", {"P": 1}, None):  # is no list of names
+        names["/m/1"]["alternatives"] = no_list
+        write_lines(freebase / "entity2wikidata.json", [json.dumps(names)])
+        assert read_graph(str(freebase)).entities["Q90"].aliases == ()
 
     codex = tmp_path / "codex"
     write_lines(codex / "train.txt.gz", [("Q90", "P17", "Q142")])
