@@ -11,11 +11,14 @@ from trelm_ds.errors import DataError
 from trelm_ds.knowledge.graph import (
     KnowledgeGraph,
     KnowledgeTables,
+    graph_digest,
     load_array,
     save_array,
     save_graph,
     save_tables,
 )
+
+INDICES = ("codes", "head_offsets", "tail_order", "tail_offsets")
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,8 @@ def test_both_travel_as_a_path(corpus):
         assert len(pickle.dumps(original)) < 1000
     copy = pickle.loads(pickle.dumps(graph))
     assert copy.edges_of(0).tolist() == graph.edges_of(0).tolist()
+    for name in INDICES:  # mapped again, not copied, not made anew
+        assert isinstance(getattr(copy, f"_{name}").base, np.memmap)
     copy = pickle.loads(pickle.dumps(tables))
     np.testing.assert_array_equal(copy.importance, tables.importance)
     assert copy.num_keys == tables.num_keys == 24 + 5
@@ -154,6 +159,91 @@ def test_importance_may_be_scored_later(folder):
     (folder / "tables" / "importance.npy").unlink()
     tables = KnowledgeTables.load(folder)
     assert tables.importance is None and pickle.loads(pickle.dumps(tables)).importance is None
+
+
+def test_indices_are_mapped_files_and_older_folders_do_without(folder, corpus):
+    new = KnowledgeGraph.load(folder)
+    for name in INDICES:
+        index = getattr(new, f"_{name}")
+        assert isinstance(index.base, np.memmap) and not index.flags.writeable
+    digest = graph_digest(folder)
+    for path in (folder / "graph").glob("index_*.npy"):
+        path.unlink()
+    old = KnowledgeGraph.load(folder)
+    for name in INDICES:
+        made, index = getattr(old, f"_{name}"), getattr(new, f"_{name}")
+        assert made.base is None and made.dtype == index.dtype
+        np.testing.assert_array_equal(made, index)
+    assert graph_digest(folder) == digest == corpus.manifest["graph"]["sha256"]
+    assert old.edges_of(3).tolist() == new.edges_of(3).tolist()
+
+
+def swapped(*places):
+    def damage(index):
+        index[list(places)] = index[list(places[::-1])]
+        return index
+
+    return damage
+
+
+def plus(place, value):
+    def damage(index):
+        index[place] += value
+        return index
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("codes", plus(7, 1)),
+        ("codes", plus(-1, 1)),
+        ("codes", lambda index: index[:-1]),
+        ("head_offsets", plus(0, 1)),
+        ("head_offsets", plus(5, 1)),
+        ("head_offsets", plus(-1, -1)),
+        ("head_offsets", lambda index: index[:-1]),
+        ("tail_offsets", plus(3, -1)),
+        ("tail_offsets", lambda index: np.r_[index, index[-1]]),
+        ("tail_order", swapped(0, -1)),
+        ("tail_order", plus(0, 10**6)),
+        ("tail_order", plus(0, -1000)),
+        ("tail_order", lambda index: np.r_[index[:1], index[:-1]]),  # one twice, one missing
+        ("tail_order", lambda index: index[1:]),
+        ("tail_order", lambda index: index.astype(np.int64)),
+        ("tail_order", lambda index: index[None]),
+    ],
+)
+def test_an_index_of_other_triples_is_refused(folder, name, damage):
+    """Wrong ones would answer wrongly, and nothing else would tell."""
+    path = folder / "graph" / f"index_{name}.npy"
+    save_array(path, damage(np.load(path)))
+    with pytest.raises(DataError, match=f"index_{name}.npy: "):
+        KnowledgeGraph.load(folder)
+    path.unlink()
+    KnowledgeGraph.load(folder)
+
+
+def test_an_index_with_equal_tails_in_another_order_is_refused(folder, corpus):
+    """It would hold the same edges, but not in the order of a folder without it."""
+    path = folder / "graph" / "index_tail_order.npy"
+    order = np.load(path)
+    tails = corpus.triples[order, 2]
+    first = np.flatnonzero(tails[1:] == tails[:-1])[0]
+    save_array(path, swapped(first, first + 1)(order))
+    with pytest.raises(DataError, match="index_tail_order.npy: not of these triples"):
+        KnowledgeGraph.load(folder)
+
+
+def test_a_graph_saved_over_another_has_its_own_indices(folder):
+    entities = [(f"Q{i}", f"n{i}", "") for i in range(3)]
+    none = np.zeros((0, 3))
+    save_graph(folder, entities, [("P1", "a")], np.array([(2, 0, 0), (0, 0, 1)]), none)
+    graph = KnowledgeGraph.load(folder)
+    assert [graph.edges_of(e).tolist() for e in range(3)] == [
+        [[1, 0, 1], [2, 0, 2]], [[2, 0, 0]], [[1, 0, 0]],
+    ]  # fmt: skip
 
 
 def saved(array, **options):

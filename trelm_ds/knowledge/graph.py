@@ -1,7 +1,9 @@
 """The knowledge graph of a prepared folder and the per-entity tables beside it.
 
 Both are read-only views of files (``graph/``, ``tables/``): arrays are memory-mapped, so the
-processes of a machine share one copy, and both objects travel to loader processes as a path.
+processes of a machine share one copy, and both objects travel to loader processes as a path. The
+triples' indices are files too (``graph/index_*.npy``, 12 bytes a triple and 16 an entity): with a
+folder from before they were written each process makes and holds its own.
 """
 
 from __future__ import annotations
@@ -132,8 +134,38 @@ def _triple_codes(triples: np.ndarray, entities: int, relations: int) -> np.ndar
     """int64 [T]: one number per triple, in the order of (head, relation, tail)."""
     if entities * entities * relations >= 1 << 63:
         raise DataError(f"{entities} entities and {relations} relations are too many to number")
-    head, relation, tail = triples.T.astype(np.int64)
-    return (head * relations + relation) * entities + tail
+    codes = triples[:, 0].astype(np.int64)
+    for column, size in ((1, relations), (2, entities)):  # in place: this is of the size of a graph
+        codes *= size
+        codes += triples[:, column]
+    return codes
+
+
+def _offsets(column: np.ndarray, entities: int) -> np.ndarray:
+    """int64 [N+1]: where each entity's rows begin among the triples sorted by this column."""
+    return np.concatenate([[0], np.cumsum(np.bincount(column, minlength=entities))])
+
+
+# What is looked up by: triples are sorted by head, so an entity's head edges are a slice of them;
+# tail edges are a slice of one int32 permutation. Name: (dtype, how it is made of a graph).
+_INDICES = {
+    "codes": ("int64", lambda g: _triple_codes(g.triples, g.num_entities, g.num_relations)),
+    "head_offsets": ("int64", lambda g: _offsets(g.triples[:, 0], g.num_entities)),
+    "tail_order": ("int32", lambda g: np.argsort(g.triples[:, 2], kind="stable").astype(np.int32)),
+    "tail_offsets": ("int64", lambda g: _offsets(g.triples[:, 2], g.num_entities)),
+}
+
+
+def _is_tail_order(order: np.ndarray, triples: np.ndarray) -> bool:
+    """Whether it is the one that ``_INDICES`` makes, without its sort."""
+    if len(order) != len(triples):
+        return False
+    if len(order) and (order.min() < 0 or order.max() >= len(order)):
+        return False
+    tails = triples[order, 2]
+    # Among equal tails by place. So no place is there twice, and every one once.
+    later = (tails[1:] == tails[:-1]) & (order[1:] > order[:-1])
+    return bool((later | (tails[1:] > tails[:-1])).all())
 
 
 def _ranges(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +200,7 @@ class KnowledgeGraph:
 
     @classmethod
     def load(cls, folder: str | Path) -> KnowledgeGraph:
-        """Opens ``folder/graph`` and checks counts, ranges, order and the withheld facts.
+        """Opens ``folder/graph`` and checks counts, ranges, order, indices and withheld facts.
 
         Raises:
             DataError: naming the file that is missing or inconsistent.
@@ -178,13 +210,35 @@ class KnowledgeGraph:
         graph = cls(folder, entities, relations)
         for name in ("triples", "withheld"):
             _check_triples(getattr(graph, name), entities, relations, path / f"{name}.npy")
-        codes = graph._codes
+        codes = _triple_codes(graph.triples, entities, relations)
         if (codes[1:] <= codes[:-1]).any():
             raise DataError(f"{path / 'triples.npy'}: triples are not sorted and unique")
-        if len(graph.withheld):
-            if np.isin(_triple_codes(graph.withheld, entities, relations), codes).any():
-                raise DataError(f"{path / 'withheld.npy'}: a withheld fact is a training triple")
+        del codes  # of the size of the graph
+        graph._check_indices()
+        if graph.contains(*graph.withheld.T).any():
+            raise DataError(f"{path / 'withheld.npy'}: a withheld fact is a training triple")
         return graph
+
+    def _index_file(self, name: str) -> Path:
+        return self.folder / "graph" / f"index_{name}.npy"
+
+    def _index(self, name: str) -> np.ndarray:
+        dtype, make = _INDICES[name]
+        file = self._index_file(name)
+        return load_array(file, dtype, (None,)) if file.exists() else make(self)
+
+    def _check_indices(self) -> None:
+        for name, (_, make) in _INDICES.items():
+            file = self._index_file(name)
+            if not file.exists():
+                continue
+            index = self._index(name)
+            if name == "tail_order":
+                fits = _is_tail_order(index, self.triples)
+            else:  # made without sorting, so quickly
+                fits = np.array_equal(index, make(self))
+            if not fits:
+                raise DataError(f"{file}: not of these triples; without the file it is made anew")
 
     @cached_property
     def triples(self) -> np.ndarray:
@@ -196,7 +250,19 @@ class KnowledgeGraph:
 
     @cached_property
     def _codes(self) -> np.ndarray:
-        return _triple_codes(self.triples, self.num_entities, self.num_relations)
+        return self._index("codes")
+
+    @cached_property
+    def _head_offsets(self) -> np.ndarray:
+        return self._index("head_offsets")
+
+    @cached_property
+    def _tail_order(self) -> np.ndarray:
+        return self._index("tail_order")
+
+    @cached_property
+    def _tail_offsets(self) -> np.ndarray:
+        return self._index("tail_offsets")
 
     def contains(self, heads: np.ndarray, relations: np.ndarray, tails: np.ndarray) -> np.ndarray:
         """bool [n]: whether (head, relation, tail), int [n] each, is a training triple."""
@@ -292,22 +358,6 @@ class KnowledgeGraph:
             pairs.append((alias, entity))
         return pairs
 
-    # Triples are sorted by head, so an entity's head edges are a slice of them; tail edges are a
-    # slice of one int32 permutation. Nothing of the size of T x 3 is copied.
-
-    @cached_property
-    def _head_offsets(self) -> np.ndarray:
-        return np.searchsorted(self.triples[:, 0], np.arange(self.num_entities + 1))
-
-    @cached_property
-    def _tail_order(self) -> np.ndarray:
-        return np.argsort(self.triples[:, 2], kind="stable").astype(np.int32)
-
-    @cached_property
-    def _tail_offsets(self) -> np.ndarray:
-        counts = np.bincount(self.triples[:, 2], minlength=self.num_entities)
-        return np.concatenate([[0], np.cumsum(counts)])
-
     def degree(self, entity: int) -> int:
         """Edges of an entity, in either role."""
         heads = self._head_offsets[entity + 1] - self._head_offsets[entity]
@@ -395,6 +445,9 @@ def save_graph(
         # Through one number per triple: ten times faster than np.unique over rows.
         _, first = np.unique(_triple_codes(rows, *counts), return_index=True)
         save_array(path / f"{name}.npy", rows[first])
+    graph = KnowledgeGraph(folder, *counts)
+    for name, (_, make) in _INDICES.items():
+        save_array(graph._index_file(name), make(graph))
     graph = KnowledgeGraph.load(folder)
     return {
         "entities": graph.num_entities,
