@@ -319,6 +319,7 @@ SHARD = ("splits", "train", "shards", 1)
         (edit("tokenizer", "vocab_size", "30"), "vocab_size is not of type int"),
         (edit("max_seq_length", -1), "max_seq_length is negative"),
         (edit("max_seq_length", True), "max_seq_length is not of type int"),
+        (edit("max_seq_length", 10**12), "max_seq_length is above 4096"),
         (edit("splits", []), "splits is not of type dict"),
         (edit("splits", "train", 5), "splits.train: not a mapping"),
         (edit("splits", "../x", {}), "split name"),

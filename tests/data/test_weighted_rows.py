@@ -1,12 +1,15 @@
 """Rows drawn by entity: where they stand, how often whom, and that timing never enters."""
 
+import errno
 import itertools
+import os
 import threading
 import time
 
 import numpy as np
 import pytest
 from data.test_loader import loader, sequences, steps_of
+from tiny_corpus import write_tiny_corpus
 
 from trelm_ds.data import rng
 from trelm_ds.data.entity_first import EntityFirst
@@ -86,8 +89,6 @@ def test_the_index_holds_each_pair_once(corpus, samples, tmp_path):
 
 
 def test_the_index_is_asked_for_by_its_command(tmp_path):
-    from tiny_corpus import write_tiny_corpus
-
     write_tiny_corpus(tmp_path, train=4, heldout=0)
     with pytest.raises(DataError, match=r"prepare\.py index --output"):
         EntitySamples.load(tmp_path)
@@ -98,6 +99,26 @@ def test_the_index_is_asked_for_by_its_command(tmp_path):
     report.write_text(report.read_text().replace('"dataset_id": "', '"dataset_id": "0'))
     with pytest.raises(DataError, match=r"prepare\.py index"):  # of other data
         EntitySamples.load(tmp_path)
+
+
+def test_an_index_that_the_disk_has_no_room_for_is_an_error_and_leaves_nothing(
+    tmp_path, monkeypatch
+):
+    """Without blocks reserved first, a write to the mapped file ends the process (SIGBUS)."""
+    write_tiny_corpus(tmp_path, train=4, heldout=0)
+    before = sorted((tmp_path / "tables").iterdir())
+    asked = []
+
+    def full_disk(file, start, size):
+        asked.append((start, size, os.fstat(file).st_size))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("trelm_ds.knowledge.entity_samples.os.posix_fallocate", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        index_entity_samples(tmp_path)
+    [(start, size, whole)] = asked
+    assert start == 0 and size == whole > 128  # header and all
+    assert sorted((tmp_path / "tables").iterdir()) == before
 
 
 # --- in the loader ----------------------------------------------------------------------------

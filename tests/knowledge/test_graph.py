@@ -11,11 +11,14 @@ from trelm_ds.errors import DataError
 from trelm_ds.knowledge.graph import (
     KnowledgeGraph,
     KnowledgeTables,
+    graph_digest,
     load_array,
     save_array,
     save_graph,
     save_tables,
 )
+
+INDICES = ("codes", "head_offsets", "tail_order", "tail_offsets")
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,8 @@ def test_both_travel_as_a_path(corpus):
         assert len(pickle.dumps(original)) < 1000
     copy = pickle.loads(pickle.dumps(graph))
     assert copy.edges_of(0).tolist() == graph.edges_of(0).tolist()
+    for name in INDICES:  # mapped again, not copied, not made anew
+        assert isinstance(getattr(copy, f"_{name}").base, np.memmap)
     copy = pickle.loads(pickle.dumps(tables))
     np.testing.assert_array_equal(copy.importance, tables.importance)
     assert copy.num_keys == tables.num_keys == 24 + 5
@@ -154,6 +159,91 @@ def test_importance_may_be_scored_later(folder):
     (folder / "tables" / "importance.npy").unlink()
     tables = KnowledgeTables.load(folder)
     assert tables.importance is None and pickle.loads(pickle.dumps(tables)).importance is None
+
+
+def test_indices_are_mapped_files_and_older_folders_do_without(folder, corpus):
+    new = KnowledgeGraph.load(folder)
+    for name in INDICES:
+        index = getattr(new, f"_{name}")
+        assert isinstance(index.base, np.memmap) and not index.flags.writeable
+    digest = graph_digest(folder)
+    for path in (folder / "graph").glob("index_*.npy"):
+        path.unlink()
+    old = KnowledgeGraph.load(folder)
+    for name in INDICES:
+        made, index = getattr(old, f"_{name}"), getattr(new, f"_{name}")
+        assert made.base is None and made.dtype == index.dtype
+        np.testing.assert_array_equal(made, index)
+    assert graph_digest(folder) == digest == corpus.manifest["graph"]["sha256"]
+    assert old.edges_of(3).tolist() == new.edges_of(3).tolist()
+
+
+def swapped(*places):
+    def damage(index):
+        index[list(places)] = index[list(places[::-1])]
+        return index
+
+    return damage
+
+
+def plus(place, value):
+    def damage(index):
+        index[place] += value
+        return index
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("codes", plus(7, 1)),
+        ("codes", plus(-1, 1)),
+        ("codes", lambda index: index[:-1]),
+        ("head_offsets", plus(0, 1)),
+        ("head_offsets", plus(5, 1)),
+        ("head_offsets", plus(-1, -1)),
+        ("head_offsets", lambda index: index[:-1]),
+        ("tail_offsets", plus(3, -1)),
+        ("tail_offsets", lambda index: np.r_[index, index[-1]]),
+        ("tail_order", swapped(0, -1)),
+        ("tail_order", plus(0, 10**6)),
+        ("tail_order", plus(0, -1000)),
+        ("tail_order", lambda index: np.r_[index[:1], index[:-1]]),  # one twice, one missing
+        ("tail_order", lambda index: index[1:]),
+        ("tail_order", lambda index: index.astype(np.int64)),
+        ("tail_order", lambda index: index[None]),
+    ],
+)
+def test_an_index_of_other_triples_is_refused(folder, name, damage):
+    """Wrong ones would answer wrongly, and nothing else would tell."""
+    path = folder / "graph" / f"index_{name}.npy"
+    save_array(path, damage(np.load(path)))
+    with pytest.raises(DataError, match=f"index_{name}.npy: "):
+        KnowledgeGraph.load(folder)
+    path.unlink()
+    KnowledgeGraph.load(folder)
+
+
+def test_an_index_with_equal_tails_in_another_order_is_refused(folder, corpus):
+    """It would hold the same edges, but not in the order of a folder without it."""
+    path = folder / "graph" / "index_tail_order.npy"
+    order = np.load(path)
+    tails = corpus.triples[order, 2]
+    first = np.flatnonzero(tails[1:] == tails[:-1])[0]
+    save_array(path, swapped(first, first + 1)(order))
+    with pytest.raises(DataError, match="index_tail_order.npy: not of these triples"):
+        KnowledgeGraph.load(folder)
+
+
+def test_a_graph_saved_over_another_has_its_own_indices(folder):
+    entities = [(f"Q{i}", f"n{i}", "") for i in range(3)]
+    none = np.zeros((0, 3))
+    save_graph(folder, entities, [("P1", "a")], np.array([(2, 0, 0), (0, 0, 1)]), none)
+    graph = KnowledgeGraph.load(folder)
+    assert [graph.edges_of(e).tolist() for e in range(3)] == [
+        [[1, 0, 1], [2, 0, 2]], [[2, 0, 0]], [[1, 0, 0]],
+    ]  # fmt: skip
 
 
 def saved(array, **options):
@@ -213,6 +303,46 @@ def test_a_damaged_graph_is_named(folder, name, damage, message):
     assert "\n" not in text and (name in text or "triples.npy" in text)
 
 
+def npy(shape: str, data: bytes = b"", end: str = ", }") -> bytes:
+    """An int32 array file that says it has this shape."""
+    header = f"{{'descr': '<i4', 'fortran_order': False, 'shape': {shape}{end}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+NO_ARRAYS = {
+    "empty": b"",
+    "archive": b"PK\x03\x04",
+    "magic alone": b"\x93NUMPY",
+    "no data": npy("(1, 3)"),
+    "600 TB": npy("(50000000000000, 3)", bytes(12)),
+    "over 64 bits": npy(f"({10**23}, 3)", bytes(12)),
+    "0 elements in 64 bits": npy("(4294967296, 4294967296)", bytes(12)),
+    "negative": npy("(-1, 3)", bytes(12)),
+    "truth value": npy("(True, 3)", bytes(12)),
+    "5000 digits": npy(f"({'9' * 5000}, 3)", bytes(12)),
+    "open bracket": npy("(1, 3)", bytes(12), end=", }("),
+    "deep": npy("(1, 3)", bytes(12), end=", }" + "-" * 9000),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ARRAYS)
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_array_file_is_one_clear_error(tmp_path, kind):
+    path = tmp_path / "x.npy"
+    path.write_bytes(NO_ARRAYS[kind])
+    with pytest.raises(DataError, match="x.npy: not a readable .npy array: ") as caught:
+        load_array(path, "int32", (None, 3))
+    assert "\n" not in str(caught.value)
+
+
+def test_small_and_empty_arrays_are_mapped_too(tmp_path):
+    path = tmp_path / "x.npy"
+    path.write_bytes(npy("(1, 3)", bytes(12)))
+    assert load_array(path, "int32", (None, 3)).tolist() == [[0, 0, 0]]
+    save_array(path, np.zeros((0, 3), INT32))
+    assert load_array(path, "int32", (None, 3)).shape == (0, 3)
+
+
 def test_a_withheld_fact_among_the_triples_is_refused(corpus, folder):
     save_array(folder / "graph" / "withheld.npy", corpus.triples[3:4])
     with pytest.raises(DataError, match="a withheld fact is a training triple"):
@@ -233,6 +363,7 @@ def test_a_withheld_fact_among_the_triples_is_refused(corpus, folder):
         ),
         ("aliases.tsv", text("\t1\n", "\t24\n"), "aliases", "entity index '24'"),
         ("aliases.tsv", text("\t1\n", "\t-1\n"), "aliases", "entity index '-1'"),
+        ("aliases.tsv", text("\t1\n", f"\t{'1' * 5000}\n"), "aliases", "entity index '1{40}'"),
     ],
 )
 def test_damaged_names_are_named(folder, name, damage, read, message):
@@ -282,6 +413,15 @@ def test_unscored_values_are_not_finite(folder):
 def test_long_tail_words_match_the_manifest(folder):
     save_tables(folder, long_tail_words=[("one", 3)])
     with pytest.raises(DataError, match="long_tail_words.tsv: not 5 rows"):
+        KnowledgeTables.load(folder)
+
+
+@pytest.mark.parametrize("count", ["-1", "", "9" * 5000])
+def test_counts_of_long_tail_words_are_numbers(folder, count):
+    path = folder / "tables" / "long_tail_words.tsv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0].rpartition("\t")[0] + f"\t{count}", *lines[1:]]) + "\n")
+    with pytest.raises(DataError, match="long_tail_words.tsv: a count is not a number"):
         KnowledgeTables.load(folder)
 
 

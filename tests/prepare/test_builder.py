@@ -14,7 +14,7 @@ from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.prepare import builder
 from trelm_ds.prepare.builder import BuildOptions, build
 from trelm_ds.prepare.cli import prepare
-from trelm_ds.prepare.entities import two_hop_counts
+from trelm_ds.prepare.entities import Mentioned, index_graph, two_hop_counts
 from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawEntity, RawGraph, RawProbe
 from trelm_ds.prepare.reader import ReaderOptions
 from trelm_ds.prepare.verify import verify
@@ -164,11 +164,23 @@ def test_verify_finds_one_changed_byte(prepared, damage, message):
     verify(prepared)
 
 
-def test_verify_finds_a_probe_of_an_unknown_entity(prepared):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"subject": 0, "object": 99, "text": "[MASK]"}', "not a probe of this folder's entit"),
+        (b'{"subject": -2, "object": 0, "text": "[MASK]"}', "not a probe of this folder's entit"),
+        (b'{"subject": 0, "object": 0, "text": "none"}', "not a probe of this folder's entities"),
+        (b'{"subject": 0, "object": 0, "text": ["[MASK]"]}', "'text' has the wrong type: list"),
+        (b'{"object": 0, "text": "[MASK]"}', "'subject' is missing"),
+        (b'{"subject": 0, "object": 0, "text": "\xff [MASK]"}', "not UTF-8"),
+        (b"[0]", "expected a JSON object"),
+    ],
+)
+def test_verify_finds_what_is_no_probe(prepared, line, message):
     path = prepared / "probe" / "template.jsonl"
     try:
-        path.write_text(json.dumps({"subject": 0, "object": 99, "text": "[MASK]"}) + "\n")
-        with pytest.raises(DataError, match=r"template.jsonl:1: not a probe"):
+        path.write_bytes(b'{"subject": -1, "object": 0, "text": "[MASK]"}\n' + line + b"\n")
+        with pytest.raises(DataError, match=rf"template.jsonl:\d: {message}"):
             verify(prepared)
     finally:
         path.unlink()
@@ -258,6 +270,15 @@ def test_a_refused_corpus_leaves_nothing_behind(tmp_path, corpus, strict, messag
     assert not output.exists() and not leftovers(output)
 
 
+def test_a_text_too_long_to_be_encoded_whole_is_refused(tmp_path, monkeypatch):
+    text = text_of(spans=[(0, 5, "Q90")])
+    monkeypatch.setattr(builder, "_MAX_CHARACTERS", len(text.text))
+    build_quickly(corpus_of(text), tmp_path / "as long as can be")
+    text.text += "s"
+    with pytest.raises(DataError, match="document 'd': 33 characters, more than 32"):
+        build_quickly(corpus_of(text), tmp_path / "longer")
+
+
 def test_a_failure_half_way_keeps_the_old_folder(source, tmp_path, monkeypatch):
     output = tmp_path / "data"
     prepare(arguments(source, output))
@@ -338,6 +359,18 @@ def test_tail_is_the_lower_half_of_the_mentioned_subjects():
     probes.append(RawProbe("P1", None, "Q5", "[MASK]", "x"))
     rows = list(builder.probe_rows(probes, index, frequency, Counter()))
     assert [row["tail"] for row in rows] == [False, True, True, True, True, False]
+
+
+def test_ids_that_are_equal_as_numbers_have_an_order():
+    """Ids come out of sets: what ties in the key stood in the order of PYTHONHASHSEED."""
+    ids = [f"n{'0' * zeros}{i}" for i in (1, 2) for zeros in range(20, -1, -1)]
+    relations = [f"r{'0' * zeros}1" for zeros in range(20, -1, -1)]
+    triples = [(head, relation, "n2") for head, relation in zip(ids, relations * 2, strict=True)]
+    graph = RawGraph({entity: RawEntity(entity) for entity in ids}, {}, triples)
+    mentioned = {entity: Mentioned(entity, "d", 1) for entity in ids}
+    indexed = index_graph(graph, mentioned, [], False, Counter())
+    assert [row[0] for row in indexed.entities] == ids
+    assert [row[0] for row in indexed.relations] == relations
 
 
 def test_two_hop_counts_equal_a_search(monkeypatch):

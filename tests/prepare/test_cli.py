@@ -52,6 +52,9 @@ def run(main, argv, capsys):
         (["embed", "--output", "OUT"], "not found"),
         (["score", "--output", "OUT"], "--model --random_init is required"),
         (["score", "--output", "OUT", "--random_init", "--batch_tokens", "0"], "at least 1"),
+        (["sample", "--output", "OUT", "--seed", f"{2**63}"], "must be in [-2^63, 2^63)"),
+        (["embed", "--output", "OUT", "--seed", f"{-(2**63) - 1}"], "must be in [-2^63, 2^63)"),
+        (["score", "--output", "OUT", "--random_init", "--seed", f"{10**20}"], "must be in [-2"),
     ],
 )
 def test_every_user_error_is_one_line_and_exit_code_2(tmp_path, capsys, argv, message):
@@ -124,6 +127,13 @@ def test_score_step_takes_a_local_model_of_the_same_vocabulary(prepared, tmp_pat
         assert code == expected, err
     assert f"vocabulary of {size + 1}" in err and err.startswith("error: ")
     assert run(cli.main, [*argv[:3], "--model", tmp_path / "none"], capsys)[0] == 2
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_the_least_and_the_largest_seed_work(prepared, capsys, seed):
+    argv = ["embed", "--output", prepared, "--dim=4", "--epochs=1", f"--seed={seed}"]
+    code, _, err = run(cli.main, argv, capsys)
+    assert code == 0, err
 
 
 def test_help_names_every_kind_and_step(capsys):

@@ -111,6 +111,13 @@ def test_windows_end_at_sentences_and_cover_every_token_once(bert):
         assert all(e - b <= size for b, e in runs)
 
 
+@pytest.mark.timeout(60)
+def test_windows_of_a_million_blanks_take_no_quadratic_time(bert):
+    text = "the france is in" + " " * 1_000_000 + "lyon\n the paris"
+    item = encode_texts(bert, [text])[0]
+    assert windows(item, text, np.empty((0, 3), np.int32), 6) == [(0, 5), (5, 7)]
+
+
 def test_windows_split_neither_mentions_nor_words_unless_they_must(bert):
     text = "in zoo " * 8
     item = encode_texts(bert, [text])[0]  # in z ##o ##o, 4 tokens each
@@ -200,6 +207,28 @@ def test_bad_vocabularies(tmp_path, files, path, message):
         (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         load_vocabulary(tmp_path / path)
+
+
+@pytest.mark.parametrize("wrong", ["double", "gap"])
+def test_vocabularies_whose_ids_are_not_every_number_once_are_refused(tmp_path, bert, wrong):
+    """Tables have ``len(tokenizer)`` rows: ids beyond them failed after the corpus was read."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "c"]
+    vocab = {word: i for i, word in enumerate(words)}
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    assert len(load_vocabulary(tmp_path)) == 8
+    vocab["b"] = {"double": 5, "gap": 8}[wrong]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    with pytest.raises(DataError, match="vocab.json: .* ids are not 0 to 7 each once"):
+        load_vocabulary(tmp_path)
+
+    bert.save_pretrained(str(tmp_path / "t"))
+    path = tmp_path / "t" / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    saved["model"]["vocab"]["france"] = {"double": 5, "gap": len(bert)}[wrong]
+    path.write_text(json.dumps(saved))
+    with pytest.raises(DataError, match="ids are not 0 to .* each once"):
+        load_tokenizer(tmp_path / "t")
 
 
 def test_the_band_of_long_tail_words(bert):

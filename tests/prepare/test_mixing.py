@@ -136,7 +136,8 @@ def test_a_folder_of_two_corpora_has_none_of_what_is_held_back(tmp_path, trex_fo
     secret = "zed a . person came to japan"
     rows = [
         {"id": "0", "text": f"{tokyo}\n{secret}\n{SAY.replace('[MASK]', 'France')}"},
-        {"id": "1", "text": f"{tokyo} and is old", "heldout": True},
+        {"id": "1", "text": f"{tokyo} and is old", "heldout": True},  # so nobody may train on it
+        {"id": "2", "text": f"{tokyo} and is new", "heldout": False},
     ]
     for row in rows:
         row["spans"] = [[12, 17, "Q1490"]]
@@ -155,10 +156,11 @@ def test_a_folder_of_two_corpora_has_none_of_what_is_held_back(tmp_path, trex_fo
         reader.close()
     assert sum("tokyo" in text for _, text in texts) == 2
     assert sum("not lyon" in text for _, text in texts) == 1  # T-REx's own
-    assert not any("person" in text for _, text in texts)
+    assert not any("person" in text or "is old" in text for _, text in texts)
     assert {split for split, _ in texts} == {"train"}
     reader_counts = json.loads((tmp_path / "data" / "stats.json").read_text())["preparation"]
     assert reader_counts["reader"]["lines_refused"] == 2
+    assert reader_counts["reader"]["heldout_left_out"] == 1
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import pytest
 from prepare.corpora import CITIES, trex_fact, write_lines, write_own_graph, write_trex
 
 from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.prepare import files
 from trelm_ds.prepare.entities import Mentioned, index_graph
 from trelm_ds.prepare.ernie import read_ernie
+from trelm_ds.prepare.files import read_json
 from trelm_ds.prepare.graphs import read_graph
 from trelm_ds.prepare.jsonl import read_jsonl
 from trelm_ds.prepare.raw import RawCorpus, RawGraph
@@ -402,6 +404,10 @@ def test_graph_formats(tmp_path):
     graph = read_graph(str(freebase))
     assert graph.triples == [("Q90", "/a/b", "Q142")]
     assert graph.entities["Q90"].aliases == ("P",) and graph.relations == {"/a/b": "a b"}
+    for no_list in (5, "Pa", {"P": 1}, None):  # is no list of names
+        names["/m/1"]["alternatives"] = no_list
+        write_lines(freebase / "entity2wikidata.json", [json.dumps(names)])
+        assert read_graph(str(freebase)).entities["Q90"].aliases == ()
 
     codex = tmp_path / "codex"
     write_lines(codex / "train.txt.gz", [("Q90", "P17", "Q142")])
@@ -583,6 +589,16 @@ def test_bad_graphs(tmp_path, source, error, message):
         read_graph(str(tmp_path / source))
 
 
+def test_a_file_that_is_one_object_has_a_limit(tmp_path, monkeypatch):
+    """Lines have one, but a small gzip file can hold any number of them."""
+    lines = ["{", *["" for _ in range(200)], '"a": 1}']
+    path = write_lines(tmp_path / "a.json.gz", lines)
+    assert read_json(path) == {"a": 1}
+    monkeypatch.setattr(files, "MAX_JSON_CHARACTERS", 100)
+    with pytest.raises(DataError, match="a.json.gz: longer than 100 characters"):
+        read_json(path)
+
+
 # --- wikipedia ----------------------------------------------------------------------------------
 
 TITLES = [("title", "item", "?"), ("Marie_Curie", "Q7186"), ("Paris", "Q90"), ("#x", "Q1")]
@@ -642,6 +658,17 @@ def test_wikipedia_links_are_mentions_and_so_are_their_repetitions(tmp_path, for
     assert corpus.counts == {"link": 7, "link_without_id": 3, "mention_repeated": 6}
     assert corpus.graph.entities["Q90"].name == "City of Light"
     assert corpus.graph.entities["Q90"].aliases == ("Paris",)
+
+
+@pytest.mark.timeout(60)
+def test_wikipedia_surfaces_end_with_letters_in_no_quadratic_time(tmp_path):
+    dots = "." * 1_000_000
+    text = f'<a href="Paris">-P{dots}s.</a>, <a href="Paris">?!</a>: {"P" + dots + "s"}, P!'
+    article = {"id": "1", "title": "Other", "text": text}
+    corpus = read_wikipedia([write_wikipedia(tmp_path, {"wiki_00": [article]})], ReaderOptions())
+    (document,) = corpus.documents
+    found = [(document.text[start:end].replace(dots, ""), e) for start, end, e in document.spans]
+    assert found == [("-Ps.", "Q90"), ("?!", "Q90"), ("Ps", "Q90")]
 
 
 def test_wikipedia_names_come_from_the_graph_first(tmp_path):

@@ -19,6 +19,7 @@ from trelm_ds.errors import DataError
 ROLE_NONE, ROLE_HEAD, ROLE_TAIL = 0, 1, 2
 
 MAX_SAMPLE_BYTES = 1 << 20
+MAX_TOKENS = 4096  # of a sample, specials included
 MAX_DOC_CHARACTERS = 200
 
 _FIELDS = {"id": int, "doc": str, "w": int, "ids": bytes, "spans": bytes, "first_span": int}

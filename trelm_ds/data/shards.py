@@ -23,7 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from trelm_ds.data.schema import MAX_SAMPLE_BYTES, Sample, decode_sample, encode_sample
+from trelm_ds.data.schema import (
+    MAX_SAMPLE_BYTES,
+    MAX_TOKENS,
+    Sample,
+    decode_sample,
+    encode_sample,
+)
 from trelm_ds.errors import DataError
 from trelm_ds.files import fsync, try_again, write_text
 
@@ -96,6 +102,8 @@ def _check_split(entry: dict, split: str, where: str) -> None:
 
 def _check_manifest(manifest: object, where: str) -> None:
     _check_fields(manifest, _MANIFEST_FIELDS, where)
+    if manifest["max_seq_length"] > MAX_TOKENS:  # tables of lengths have a row for each
+        raise DataError(f"{where}: max_seq_length is above {MAX_TOKENS}")
     for split, entry in manifest["splits"].items():
         if not re.fullmatch(r"[a-z]{1,20}", split):
             raise DataError(f"{where}: split name {split!r} is not lower-case letters")

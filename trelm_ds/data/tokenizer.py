@@ -10,6 +10,11 @@ from trelm_ds.files import file_sha256
 SPECIAL_TOKENS = ("cls", "sep", "mask", "pad", "unk")
 
 
+def has_every_id(vocabulary: dict[str, int]) -> bool:
+    """Whether the ids are 0 to len - 1, each once: what is kept by token has a row for each."""
+    return sorted(vocabulary.values()) == list(range(len(vocabulary)))
+
+
 def load_tokenizer(folder: str | Path):
     """The tokenizer of a local folder; never a download, never code from the folder.
 
@@ -17,7 +22,8 @@ def load_tokenizer(folder: str | Path):
         A fast Hugging Face tokenizer with each of ``SPECIAL_TOKENS``.
 
     Raises:
-        DataError: it cannot be loaded, is not a fast one, or lacks a special token.
+        DataError: it cannot be loaded, is not a fast one, lacks a special token, or its ids have
+            gaps.
     """
     from transformers import AutoTokenizer  # seconds to import; loader processes do without
 
@@ -35,6 +41,8 @@ def load_tokenizer(folder: str | Path):
     for name in SPECIAL_TOKENS:
         if getattr(tokenizer, f"{name}_token_id") is None:
             raise DataError(f"{folder}: the tokenizer has no {name} token")
+    if not has_every_id(tokenizer.get_vocab()):
+        raise DataError(f"{folder}: its ids are not 0 to {len(tokenizer) - 1} each once")
     return tokenizer
 
 

@@ -170,6 +170,9 @@ def _spool_pairs(folder, manifest: dict, spool: Path) -> np.ndarray:
 def _sort_pairs(spool: Path, target: Path, offsets: np.ndarray) -> None:
     """Counting sort of the spooled pairs by entity into ``target``; sample order is kept."""
     samples = np.lib.format.open_memmap(target, "w+", np.int32, (int(offsets[-1]),))
+    with open(target, "rb+") as file:
+        # The file has no blocks yet. On a full disk writing to the map would be a SIGBUS.
+        os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
     place = offsets[:-1].copy()
     with open(spool, "rb") as file:
         while block := file.read(8 * _CHUNK):

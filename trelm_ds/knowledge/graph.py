@@ -1,7 +1,9 @@
 """The knowledge graph of a prepared folder and the per-entity tables beside it.
 
 Both are read-only views of files (``graph/``, ``tables/``): arrays are memory-mapped, so the
-processes of a machine share one copy, and both objects travel to loader processes as a path.
+processes of a machine share one copy, and both objects travel to loader processes as a path. The
+triples' indices are files too (``graph/index_*.npy``, 12 bytes a triple and 16 an entity): with a
+folder from before they were written each process makes and holds its own.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import numpy as np
 
 from trelm_ds.data.schema import ROLE_HEAD, ROLE_TAIL
 from trelm_ds.data.shards import load_manifest
-from trelm_ds.errors import DataError
+from trelm_ds.errors import DataError, one_line
 from trelm_ds.files import file_sha256, whole_file
 
 NAME_TOKENS = 8  # columns of entity_names and relation_names
 TWO_HOP_CAP = 1000
+_NPY_MAGIC = b"\x93NUMPY"
 
 
 def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
@@ -33,17 +36,19 @@ def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndar
         DataError: missing, not an array file, pickled, or of another dtype or shape.
     """
     try:
-        # Empty arrays cannot be mapped; everything else is.
-        mode = "r" if path.stat().st_size > 256 else None
-        array = np.load(path, mmap_mode=mode, allow_pickle=False)
+        with open(path, "rb") as file:
+            if file.read(len(_NPY_MAGIC)) != _NPY_MAGIC:  # np.load opens archives and pickles too
+                raise ValueError("it does not begin like one")
+        # Mapped however small: a read allocates what the header says, whatever the file holds.
+        with np.errstate(over="ignore"):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: not found") from None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable .npy array: {error}") from None
-    if not isinstance(array, np.ndarray):  # np.load opens .npz archives too
-        raise DataError(f"{path}: not a readable .npy array")
+    # The header is parsed as Python and its shape not checked: errors of any kind are possible.
+    except Exception as error:
+        raise DataError(f"{path}: not a readable .npy array: {one_line(error)}") from None
     fits = len(array.shape) == len(shape) and all(
         want is None or have == want for have, want in zip(array.shape, shape, strict=True)
     )
@@ -93,6 +98,11 @@ def load_rows(path: Path, columns: int) -> list[list[str]]:
     return rows
 
 
+def _number(text: str) -> int | None:
+    """The number a text is in decimal digits; None: no number, or one beyond any index or count."""
+    return int(text) if text.isdecimal() and len(text) <= 18 else None
+
+
 def _load_numbered_rows(path: Path, columns: int) -> list[list[str]]:
     rows = load_rows(path, columns)
     for number, row in enumerate(rows):
@@ -124,8 +134,38 @@ def _triple_codes(triples: np.ndarray, entities: int, relations: int) -> np.ndar
     """int64 [T]: one number per triple, in the order of (head, relation, tail)."""
     if entities * entities * relations >= 1 << 63:
         raise DataError(f"{entities} entities and {relations} relations are too many to number")
-    head, relation, tail = triples.T.astype(np.int64)
-    return (head * relations + relation) * entities + tail
+    codes = triples[:, 0].astype(np.int64)
+    for column, size in ((1, relations), (2, entities)):  # in place: this is of the size of a graph
+        codes *= size
+        codes += triples[:, column]
+    return codes
+
+
+def _offsets(column: np.ndarray, entities: int) -> np.ndarray:
+    """int64 [N+1]: where each entity's rows begin among the triples sorted by this column."""
+    return np.concatenate([[0], np.cumsum(np.bincount(column, minlength=entities))])
+
+
+# What is looked up by: triples are sorted by head, so an entity's head edges are a slice of them;
+# tail edges are a slice of one int32 permutation. Name: (dtype, how it is made of a graph).
+_INDICES = {
+    "codes": ("int64", lambda g: _triple_codes(g.triples, g.num_entities, g.num_relations)),
+    "head_offsets": ("int64", lambda g: _offsets(g.triples[:, 0], g.num_entities)),
+    "tail_order": ("int32", lambda g: np.argsort(g.triples[:, 2], kind="stable").astype(np.int32)),
+    "tail_offsets": ("int64", lambda g: _offsets(g.triples[:, 2], g.num_entities)),
+}
+
+
+def _is_tail_order(order: np.ndarray, triples: np.ndarray) -> bool:
+    """Whether it is the one that ``_INDICES`` makes, without its sort."""
+    if len(order) != len(triples):
+        return False
+    if len(order) and (order.min() < 0 or order.max() >= len(order)):
+        return False
+    tails = triples[order, 2]
+    # Among equal tails by place. So no place is there twice, and every one once.
+    later = (tails[1:] == tails[:-1]) & (order[1:] > order[:-1])
+    return bool((later | (tails[1:] > tails[:-1])).all())
 
 
 def _ranges(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,7 +200,7 @@ class KnowledgeGraph:
 
     @classmethod
     def load(cls, folder: str | Path) -> KnowledgeGraph:
-        """Opens ``folder/graph`` and checks counts, ranges, order and the withheld facts.
+        """Opens ``folder/graph`` and checks counts, ranges, order, indices and withheld facts.
 
         Raises:
             DataError: naming the file that is missing or inconsistent.
@@ -170,13 +210,35 @@ class KnowledgeGraph:
         graph = cls(folder, entities, relations)
         for name in ("triples", "withheld"):
             _check_triples(getattr(graph, name), entities, relations, path / f"{name}.npy")
-        codes = graph._codes
+        codes = _triple_codes(graph.triples, entities, relations)
         if (codes[1:] <= codes[:-1]).any():
             raise DataError(f"{path / 'triples.npy'}: triples are not sorted and unique")
-        if len(graph.withheld):
-            if np.isin(_triple_codes(graph.withheld, entities, relations), codes).any():
-                raise DataError(f"{path / 'withheld.npy'}: a withheld fact is a training triple")
+        del codes  # of the size of the graph
+        graph._check_indices()
+        if graph.contains(*graph.withheld.T).any():
+            raise DataError(f"{path / 'withheld.npy'}: a withheld fact is a training triple")
         return graph
+
+    def _index_file(self, name: str) -> Path:
+        return self.folder / "graph" / f"index_{name}.npy"
+
+    def _index(self, name: str) -> np.ndarray:
+        dtype, make = _INDICES[name]
+        file = self._index_file(name)
+        return load_array(file, dtype, (None,)) if file.exists() else make(self)
+
+    def _check_indices(self) -> None:
+        for name, (_, make) in _INDICES.items():
+            file = self._index_file(name)
+            if not file.exists():
+                continue
+            index = self._index(name)
+            if name == "tail_order":
+                fits = _is_tail_order(index, self.triples)
+            else:  # made without sorting, so quickly
+                fits = np.array_equal(index, make(self))
+            if not fits:
+                raise DataError(f"{file}: not of these triples; without the file it is made anew")
 
     @cached_property
     def triples(self) -> np.ndarray:
@@ -188,7 +250,19 @@ class KnowledgeGraph:
 
     @cached_property
     def _codes(self) -> np.ndarray:
-        return _triple_codes(self.triples, self.num_entities, self.num_relations)
+        return self._index("codes")
+
+    @cached_property
+    def _head_offsets(self) -> np.ndarray:
+        return self._index("head_offsets")
+
+    @cached_property
+    def _tail_order(self) -> np.ndarray:
+        return self._index("tail_order")
+
+    @cached_property
+    def _tail_offsets(self) -> np.ndarray:
+        return self._index("tail_offsets")
 
     def contains(self, heads: np.ndarray, relations: np.ndarray, tails: np.ndarray) -> np.ndarray:
         """bool [n]: whether (head, relation, tail), int [n] each, is a training triple."""
@@ -277,27 +351,12 @@ class KnowledgeGraph:
         """(alias, entity index) pairs."""
         path = self.folder / "graph" / "aliases.tsv"
         pairs = []
-        for number, (alias, entity) in enumerate(load_rows(path, 2), 1):
-            if not entity.isdecimal() or int(entity) >= self.num_entities:
-                raise DataError(f"{path}: line {number}: entity index {entity!r}")
-            pairs.append((alias, int(entity)))
+        for number, (alias, text) in enumerate(load_rows(path, 2), 1):
+            entity = _number(text)
+            if entity is None or entity >= self.num_entities:
+                raise DataError(f"{path}: line {number}: entity index {text[:40]!r}")
+            pairs.append((alias, entity))
         return pairs
-
-    # Triples are sorted by head, so an entity's head edges are a slice of them; tail edges are a
-    # slice of one int32 permutation. Nothing of the size of T x 3 is copied.
-
-    @cached_property
-    def _head_offsets(self) -> np.ndarray:
-        return np.searchsorted(self.triples[:, 0], np.arange(self.num_entities + 1))
-
-    @cached_property
-    def _tail_order(self) -> np.ndarray:
-        return np.argsort(self.triples[:, 2], kind="stable").astype(np.int32)
-
-    @cached_property
-    def _tail_offsets(self) -> np.ndarray:
-        counts = np.bincount(self.triples[:, 2], minlength=self.num_entities)
-        return np.concatenate([[0], np.cumsum(counts)])
 
     def degree(self, entity: int) -> int:
         """Edges of an entity, in either role."""
@@ -386,6 +445,9 @@ def save_graph(
         # Through one number per triple: ten times faster than np.unique over rows.
         _, first = np.unique(_triple_codes(rows, *counts), return_index=True)
         save_array(path / f"{name}.npy", rows[first])
+    graph = KnowledgeGraph(folder, *counts)
+    for name, (_, make) in _INDICES.items():
+        save_array(graph._index_file(name), make(graph))
     graph = KnowledgeGraph.load(folder)
     return {
         "entities": graph.num_entities,
@@ -464,10 +526,10 @@ class KnowledgeTables:
     def long_tail_words(self) -> list[tuple[str, int]]:
         """(word, count) in key order."""
         path = self.folder / "tables" / "long_tail_words.tsv"
-        rows = _load_numbered_rows(path, 3)
-        if not all(row[2].isdecimal() for row in rows):
+        words = [(word, _number(count)) for _, word, count in _load_numbered_rows(path, 3)]
+        if any(count is None for _, count in words):
             raise DataError(f"{path}: a count is not a number")
-        return [(word, int(count)) for _, word, count in rows]
+        return words
 
     @classmethod
     def load(cls, folder: str | Path) -> KnowledgeTables:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trelm_ds.data.schema import MAX_DOC_CHARACTERS, Sample
+from trelm_ds.data.schema import MAX_DOC_CHARACTERS, MAX_TOKENS, Sample
 from trelm_ds.data.shards import (
     MAX_OPEN_SHARDS,
     SAMPLES_PER_SHARD,
@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout")
 _BATCH_CHARACTERS = 1 << 18  # a token's encoding takes some hundred bytes
+_MAX_CHARACTERS = 1 << 22  # of a text, which is encoded whole: 1 GB, 3 GB of nothing but dots
 _PROGRESS = 20_000  # documents between two lines
 
 
@@ -83,8 +84,8 @@ class BuildOptions:
     vocab_min_count: int = 0
 
     def __post_init__(self):
-        if not 16 <= self.max_seq_length <= 4096:
-            raise ConfigError(f"--max_seq_length {self.max_seq_length}: must be 16 to 4096")
+        if not 16 <= self.max_seq_length <= MAX_TOKENS:
+            raise ConfigError(f"--max_seq_length {self.max_seq_length}: must be 16 to {MAX_TOKENS}")
         if self.vocab_min_count < 0:
             raise ConfigError(f"--vocab_min_count {self.vocab_min_count}: must not be negative")
         for name in ("dim", "epochs"):
@@ -227,10 +228,17 @@ class _Builder:
         return mentioned
 
     def _check(self, document: RawDocument) -> bool:
-        """The document's split; raises for spans that readers should not have let through."""
+        """The document's split; raises for text too long to encode, and for text and spans that
+        readers should not have let through.
+        """
         where = f"document {document.doc!r}"
         check_text(document.text, where)
         check_text(document.doc, where)
+        if len(document.text) > _MAX_CHARACTERS:
+            raise DataError(
+                f"{where}: {len(document.text)} characters, more than {_MAX_CHARACTERS}: make it "
+                "several documents (of one id, they fall in one split)"
+            )
         for start, end, _ in document.spans:
             check_span(start, end, document.text, where)
         if document.heldout is None:

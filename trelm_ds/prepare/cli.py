@@ -238,6 +238,7 @@ def _score(args: argparse.Namespace) -> str | None:
     from trelm_ds.knowledge.importance import score_importance
     from trelm_ds.model import MaskedLanguageModel, load_backbone
 
+    ReaderOptions(seed=args.seed)  # checks it
     if args.batch_tokens < 1:
         raise ConfigError(f"--batch_tokens {args.batch_tokens}: must be at least 1")
     world = get_world(dict(os.environ))
@@ -287,6 +288,7 @@ def _embed(args: argparse.Namespace) -> str:
     from trelm_ds.knowledge.transe import train_transe
 
     BuildOptions(dim=args.dim, epochs=args.epochs)  # checks both
+    ReaderOptions(seed=args.seed)  # checks it
     load_manifest(args.output)
     graph = KnowledgeGraph.load(args.output)
     entities, relations = train_transe(

@@ -10,8 +10,9 @@ import numpy as np
 
 MIN_WINDOW_TOKENS = 4  # what is left over at a text's end below this is not worth a sample
 # A line break; a question or exclamation mark; or a full stop before something that can begin a
-# sentence ("e.g. this" does not). Closing quotes and brackets belong to the sentence.
-_SENTENCE_END = re.compile(r"""\s*\n\s*|[!?]["'”’)\]]*\s+|\.["'”’)\]]*\s+(?=["'“‘(\[]?[A-Z0-9])""")
+# sentence ("e.g. this" does not). Closing quotes and brackets belong to the sentence. Blanks before
+# a line break do not (only where a match ends counts): they would make runs of blanks quadratic.
+_SENTENCE_END = re.compile(r"""\n\s*|[!?]["'”’)\]]*\s+|\.["'”’)\]]*\s+(?=["'“‘(\[]?[A-Z0-9])""")
 
 
 @dataclass(slots=True)

@@ -53,9 +53,9 @@ class IndexedGraph:
     aliases: list[tuple[str, int]] = field(default_factory=list)
 
 
-def _natural(entity: str) -> list:
-    """Q9 before Q10."""
-    return [int(part) if part.isdecimal() else part for part in _NUMBER.split(entity)]
+def _natural(entity: str) -> tuple[list, str]:
+    """Q9 before Q10; of n1 and n01, which are equal as numbers, always the same one first."""
+    return [int(part) if part.isdecimal() else part for part in _NUMBER.split(entity)], entity
 
 
 def _clean(name: str) -> str:

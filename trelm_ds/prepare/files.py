@@ -15,6 +15,7 @@ from trelm_ds.errors import DataError
 
 # A Wikipedia article is well under 4 MiB; a gzip file can expand a thousandfold without a limit.
 MAX_LINE_CHARACTERS = 1 << 26
+MAX_JSON_CHARACTERS = 1 << 30  # of a file that is one object
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open}
 _ENDINGS = ("", *_OPEN)
 _ID = re.compile(r"[^\s]{1,200}")
@@ -148,8 +149,17 @@ def iter_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_json(path: Path) -> dict:
-    """A file that is one JSON object."""
-    return _parse("\n".join(line for _, line in iter_lines(path)), str(path))
+    """A file that is one JSON object.
+
+    Raises:
+        DataError: it is not, or it is too long.
+    """
+    text = io.StringIO()
+    for _, line in iter_lines(path):
+        text.write(f"{line}\n")
+        if text.tell() > MAX_JSON_CHARACTERS:
+            raise DataError(f"{path}: longer than {MAX_JSON_CHARACTERS} characters")
+    return _parse(text.getvalue(), str(path))
 
 
 def _parse(text: str, where: str) -> dict:

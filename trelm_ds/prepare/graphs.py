@@ -63,7 +63,8 @@ def read_fb15k237(path: Path) -> RawGraph:
             get(record, "label", str, where),
             description if isinstance(description, str) else "",
         )
-        for alias in record.get("alternatives") or ():
+        alternatives = record.get("alternatives")
+        for alias in alternatives if isinstance(alternatives, list) else ():
             if isinstance(alias, str):
                 graph.name_entity(entity, alias)
     relations = need_file(path, "relation2text.txt")

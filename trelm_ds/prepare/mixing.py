@@ -2,8 +2,8 @@
 
 The corpora are of one Wikipedia: a sentence that the first holds out may stand in another, and so
 may a fact that only its graph is to teach. So it is shown every document of the others, and the
-lines that it refuses are left out. The others train only: of their own held-out texts there may be
-copies in each other too, which nobody would refuse.
+lines that it refuses are left out. The others train only, because nobody would refuse copies of
+their own held-out texts in each other: what they mark as held out is left out too.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ def _documents(corpora: Sequence[RawCorpus], whole: RawCorpus) -> Iterator[RawDo
     for corpus in corpora:
         for document in corpus.documents:
             if corpus is not corpora[0]:
+                if document.heldout:
+                    whole.counts["heldout_left_out"] += 1
+                    continue
                 document.heldout = False
                 _leave_out(document, corpora[0].refuses(document), whole.counts)
             yield document

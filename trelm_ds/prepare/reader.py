@@ -34,6 +34,8 @@ class ReaderOptions:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be in [0, 1)")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit {self.limit}: must be at least 1")
+        if not -(2**63) <= self.seed < 2**63:  # what torch takes
+            raise ConfigError(f"--seed {self.seed}: must be in [-2^63, 2^63)")
 
     def is_heldout(self, doc: str) -> bool:
         """Whether a document's text is held out; a function of its name and the seed."""

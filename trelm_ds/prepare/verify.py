@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from trelm_ds.data.shards import ShardReader, load_manifest
 from trelm_ds.data.tokenizer import load_tokenizer, tokenizer_digest
 from trelm_ds.errors import DataError
 from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables, graph_digest
+from trelm_ds.prepare.files import get, iter_jsonl
 
 
 def verify(folder: Path) -> str:
@@ -94,19 +94,14 @@ def _check_probes(folder: Path, num_entities: int) -> int:
     """Number of probes."""
     total = 0
     for path in sorted((folder / "probe").glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-            if not line:
-                continue
-            try:
-                probe = json.loads(line)
-                good = (
-                    -1 <= probe["subject"] < num_entities
-                    and 0 <= probe["object"] < num_entities
-                    and probe["text"].count("[MASK]") == 1
-                )
-            except (ValueError, KeyError, TypeError, AttributeError):
-                good = False
-            if not good:
-                raise DataError(f"{path}:{number}: not a probe of this folder's entities")
+        for where, probe in iter_jsonl(path):
+            subject, object_ = (get(probe, name, int, where) for name in ("subject", "object"))
+            text = get(probe, "text", str, where)
+            if not (
+                -1 <= subject < num_entities
+                and 0 <= object_ < num_entities
+                and text.count("[MASK]") == 1
+            ):
+                raise DataError(f"{where}: not a probe of this folder's entities")
             total += 1
     return total

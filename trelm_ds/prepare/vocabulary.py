@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from trelm_ds.data.tokenizer import load_tokenizer
+from trelm_ds.data.tokenizer import has_every_id, load_tokenizer
 from trelm_ds.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -135,8 +135,10 @@ def _roberta_from_files(vocabulary: Path, merges: Path):
         for special in ("<s>", "<pad>", "</s>", "<unk>", "<mask>"):
             if special not in vocab:
                 raise ValueError(f"{special} missing")
+        if not has_every_id(vocab):
+            raise ValueError(f"its ids are not 0 to {len(vocab) - 1} each once")
         backend = ByteLevelBPETokenizer(vocab, pairs)
-    # Hand-written checks would only repeat what the backend checks of ids and pairs.
+    # More checks written by hand would only repeat the backend's, which are of many kinds.
     except Exception as error:
         raise DataError(f"--vocab {vocabulary}: not a RoBERTa vocabulary: {error}") from None
     # By position: the name of the second argument differs between versions of tokenizers.

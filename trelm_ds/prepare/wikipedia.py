@@ -50,7 +50,7 @@ _ESCAPED_LINK = "&lt;a href="
 _DOC = re.compile(r'<doc id="([^"]*)"(?: revid="[^"]*")? url="[^"]*" title="(.*)">\s*')
 _FILE = re.compile(r"wiki_\d+")
 _QUOTES = "\"'“”‘’«» \n"
-_ENDS = re.compile(r"^\W+|\W+$")
+_CORE = re.compile(r"\w(?:.*\w)?", re.DOTALL)  # linear, which taking \W+$ off is not
 
 Article = tuple[str, str, str, str]  # file and line, id, title, text
 
@@ -205,7 +205,8 @@ class _Linker:
 
 def _key(surface: str) -> str:
     """What a surface is compared by: matches begin and end with a letter or digit."""
-    return normalize(_ENDS.sub("", surface))
+    core = _CORE.search(surface)
+    return normalize(core[0]) if core else ""
 
 
 def _repeated(
