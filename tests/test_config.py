@@ -139,6 +139,13 @@ def test_what_would_write_behind_a_checkpoints_back_is_refused(given, said):
         resolve_deepspeed_config(given, load_config("trelm"), 1, bf16=False)
 
 
+def test_a_misspelt_section_is_named():
+    given = {"zero_optimisation": {"stage": 2}, "bfloat16": {"enabled": False}, "comms_logger": {}}
+    with pytest.raises(ConfigError) as error:
+        resolve_deepspeed_config(given, load_config("trelm"), 1, bf16=False)
+    assert str(error.value).endswith("zero_optimisation: did you mean 'zero_optimization'?")
+
+
 @pytest.mark.parametrize(
     ("section", "given", "said"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import json
 import logging
 import math
@@ -132,6 +133,29 @@ def resolve_deepspeed_config(ds_config: dict, config: Config, world_size: int, b
     return resolved
 
 
+# Those of the many that such a file usually has.
+DEEPSPEED_KEYS = (
+    "activation_checkpointing",
+    "bf16",
+    "checkpoint",
+    "communication_data_type",
+    "flops_profiler",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "prescale_gradients",
+    "scheduler",
+    "steps_per_print",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
+
+
 def _check_sections(resolved: dict) -> None:
     """DeepSpeed's own checks, which it makes only once data, model and memory bank are built."""
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
@@ -139,6 +163,11 @@ def _check_sections(resolved: dict) -> None:
     from pydantic import ValidationError
 
     problems = []
+    for key in resolved:
+        # DeepSpeed passes over what it does not know: a run would be ZeRO 0 by a slip of the pen.
+        near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1, cutoff=0.8)
+        if near and key not in DEEPSPEED_KEYS:
+            problems.append(f"{key}: did you mean {near[0]!r}?")
     for section, schema in (
         ("bf16", DeepSpeedBF16Config),
         ("zero_optimization", DeepSpeedZeroConfig),

@@ -215,14 +215,11 @@ def _dry_run(config: Config, ds_config: dict, world: World) -> None:
         return
     from trelm_ds.data.shards import load_manifest
     from trelm_ds.dry_run import describe_run
-    from trelm_ds.engine import zero_stage
     from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
     from trelm_ds.model import TrelmModel
-    from trelm_ds.routing.controller import refuse_unsupported
 
     data = data_folder(config.data.data_dir)
     manifest = load_manifest(data)
-    refuse_unsupported(config, zero_stage(ds_config))
     model = TrelmModel.build(config, data, KnowledgeGraph.load(data), KnowledgeTables.load(data))
     _warn_of_the_rate(config, model.hidden_size)
     keys = manifest["graph"]["entities"] + manifest["long_tail_words"]
@@ -246,6 +243,7 @@ def _run(argv: list[str], stop) -> int:
     world = get_world()
     setup_logging(world)
     from trelm_ds import engine as engines
+    from trelm_ds.routing.controller import refuse_unsupported
 
     device = engines.local_device(world)
     engines.quiet_deepspeed(device)
@@ -253,6 +251,7 @@ def _run(argv: list[str], stop) -> int:
     given = engines.read_deepspeed_config(args.deepspeed) if args.deepspeed else DEFAULT_DEEPSPEED
     bf16 = engines.use_bf16(config, device)
     ds_config = engines.resolve_deepspeed_config(given, config, world.size, bf16)
+    refuse_unsupported(config, engines.zero_stage(ds_config))  # before the ranks meet: said once
     if args.dry_run:
         _dry_run(config, ds_config, world)
         return EXIT_DONE
