@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from trelm_ds.arguments import parse_arguments
+from trelm_ds.arguments import build_parser, parse_arguments
 from trelm_ds.config import PRESET_DIR, known_keys, load_config, preset_names
 from trelm_ds.engine import read_deepspeed_config, resolve_deepspeed_config, zero_stage
 from trelm_ds.errors import ConfigError
@@ -46,6 +46,18 @@ def test_bad_flags_are_one_line_that_names_the_fix(argv, said):
         parse_arguments(argv)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_help_says_what_each_key_is_its_choices_and_the_default_method_s_value():
+    parser = build_parser()
+    texts = {action.dest: action.help for action in parser._actions if action.metavar == "VALUE"}
+    assert len(texts) > 40 and all(len(text.split("; default ")[0]) > 5 for text in texts.values())
+    assert texts["mlm_probability"].endswith("; default 0.15 (trelm: 0.3)")
+    assert texts["object_loss_share"].endswith("; default none (trelm: 0.25)")
+    assert texts["export"].endswith("; default true")
+    assert "linear | cosine | constant" in texts["lr_scheduler_type"]
+    said = " ".join(parser.format_help().split())
+    assert "docs/routing.md" in said and "default trelm" in said
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,13 @@ from trelm_ds.config import (
     nearest_key,
     parse_assignment,
     preset_names,
+    read_preset,
 )
 from trelm_ds.errors import ConfigError
 
 # Sections whose keys are flags by their own name; the method's knobs go through --set.
 FLAG_SECTIONS = {"train": TrainConfig, "model": ModelConfig, "data": DataConfig}
+KEY_LISTS = "trelm_ds/config.py, docs/recipe.md and docs/routing.md list the keys"
 
 
 class LineParser(argparse.ArgumentParser):
@@ -33,6 +35,7 @@ class LineParser(argparse.ArgumentParser):
 
 def add_config_flags(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
     """A flag for every key of ``FLAG_SECTIONS`` by its bare name, but those in ``leave_out``."""
+    preset = read_preset(Config.method)
     for section, cls in FLAG_SECTIONS.items():
         group = parser.add_argument_group(section)
         hints = typing.get_type_hints(cls)
@@ -42,9 +45,16 @@ def add_config_flags(parser: argparse.ArgumentParser, leave_out: Collection[str]
             options = typing.get_args(hints[f.name]) or (hints[f.name],)
             # A bare --bf16 means true; --bf16 false switches it off.
             bare = {"nargs": "?", "const": "true"} if bool in options else {}
-            group.add_argument(
-                f"--{f.name}", default=None, metavar="VALUE", help=f"default {f.default}", **bare
-            )
+            text = f"{f.metadata['help']}; default {_plain(f.default)}"
+            ours = preset.get(f"{section}.{f.name}", f.default)
+            if ours != f.default:
+                text += f" ({Config.method}: {_plain(ours)})"
+            group.add_argument(f"--{f.name}", metavar="VALUE", help=text, **bare)
+
+
+def _plain(value) -> str:
+    """A default as one would write it on the command line."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def given_config_flags(
@@ -85,13 +95,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--deepspeed", metavar="JSON", help="DeepSpeed configuration (ds_configs/*.json)"
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON run configuration")
-    parser.add_argument("--method", metavar="NAME", help=f"preset: {', '.join(preset_names())}")
+    parser.add_argument(
+        "--method",
+        metavar="NAME",
+        help=f"preset: {', '.join(preset_names())}; default {Config.method}",
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="any configuration key; repeatable, strongest",
+        help=f"any configuration key; repeatable, strongest; {KEY_LISTS}",
     )
     parser.add_argument("--dry_run", action="store_true", help="print what would run, then exit")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
