@@ -28,7 +28,11 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     ("argv", "said"),
     [
         (["--learning_rat", "1"], "--learning_rate"),
-        (["--kept_fraction", "1"], "routing.kept_fraction"),
+        (["--kept_fraction", "1"], "'--set routing.kept_fraction=...'"),
+        (["--lr", "1"], "'--learning_rate'"),
+        (["--learning-rate=1"], "'--learning_rate'"),
+        (["--num_train_epochs", "1"], "'--max_steps'"),
+        (["--train_batch_size", "1"], "'--per_device_train_batch_size'"),
         (["--set", "routing.kept=.1"], "routing.kept_fraction"),
         (["--method", "trelmm"], "'trelm'"),
         (["--learning_rate", "fast"], "not float"),

@@ -126,14 +126,14 @@ def test_an_existing_folder_is_replaced_only_on_request_and_only_if_it_is_an_exp
     model = _checkpoint(tmp_path / "step_1", data)
     arguments = (model.state_dict(), tmp_path / "step_1", tmp_path / "hf")
     export_model(*arguments)
-    with pytest.raises(ConfigError, match="exists"):
+    with pytest.raises(ConfigError, match="exists.* with --overwrite"):
         export_model(*arguments)
     (tmp_path / "hf" / "stale").touch()
     export_model(*arguments, overwrite=True)
     assert not (tmp_path / "hf" / "stale").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(ConfigError, match="exists"):
+    with pytest.raises(ConfigError, match="exists.* remove it first"):
         export_model(*arguments[:2], tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 

@@ -24,6 +24,14 @@ from trelm_ds.errors import ConfigError
 # Sections whose keys are flags by their own name; the method's knobs go through --set.
 FLAG_SECTIONS = {"train": TrainConfig, "model": ModelConfig, "data": DataConfig}
 KEY_LISTS = "trelm_ds/config.py, docs/recipe.md and docs/routing.md list the keys"
+# What other trainers call a flag, or this one elsewhere.
+ALIASES = {
+    "lr": "learning_rate",
+    "num_train_epochs": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "max_steps": "budget",
+}
 
 
 class LineParser(argparse.ArgumentParser):
@@ -31,6 +39,44 @@ class LineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ConfigError(message)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """As argparse's.
+
+        Raises:
+            ConfigError: anything wrong; of an unknown flag it names the nearest known one.
+        """
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word for word in unknown if word.startswith("-")), unknown[0])
+            flag = flag.partition("=")[0]
+            near = self._nearest(flag, found) if flag.startswith("-") else None
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ConfigError(f"unknown argument {flag!r}{hint}")
+        return found
+
+    def _nearest(self, flag: str, found: argparse.Namespace) -> str | None:
+        """The flag most like ``flag``; where there is ``--set``, maybe a configuration key."""
+        name = flag.lstrip("-").replace("-", "_")
+        flags = self._flags(found)
+        key = nearest_key(name) if "--set" in flags else ""
+        section, _, bare = key.partition(".")
+        if bare and bare == name and section not in FLAG_SECTIONS:
+            return f"--set {key}=..."
+        meant = f"--{ALIASES.get(name, name)}"
+        near = [known for known in flags if known.startswith(meant)]
+        near += difflib.get_close_matches(f"--{name}", flags, n=1, cutoff=0.6)
+        return near[0] if near else f"--set {key}=..." if key else None
+
+    def _flags(self, found: argparse.Namespace) -> list[str]:
+        """The flags that --help shows but itself, those of the chosen command too."""
+        flags = []
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                flags += action.choices[getattr(found, action.dest)]._flags(found)
+            elif action.help != argparse.SUPPRESS and action.dest != "help":
+                flags += action.option_strings
+        return flags
 
 
 def add_config_flags(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
@@ -121,16 +167,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, argparse.Namespace]:
             that does not fit.
     """
     parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = next((a for a in unknown if a.startswith("-")), unknown[0])
-        flag = flag.partition("=")[0]
-        known = [option for action in parser._actions for option in action.option_strings]
-        key = nearest_key(flag.lstrip("-"))
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
-        is_key = key.partition(".")[2] == flag.lstrip("-")
-        hint = near[0] if near and not is_key else f"--set {key}=..."
-        raise ConfigError(f"unknown argument {flag!r}; did you mean {hint!r}?")
+    args = parser.parse_args(argv)
     overrides = given_config_flags(args)
     overrides.update(parse_assignment(text) for text in args.set)
     return load_config(args.method, args.config, overrides), args

@@ -80,8 +80,12 @@ def export_model(
         ConfigError: ``output_dir`` exists and may not be replaced.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
-    if output_dir.exists() and (not overwrite or not _is_export(output_dir)):
+    if output_dir.exists() and not _is_export(output_dir):
         raise ConfigError(f"{output_dir} exists: choose another folder or remove it first")
+    if output_dir.exists() and not overwrite:
+        raise ConfigError(
+            f"{output_dir} exists: choose another folder, or replace that export with --overwrite"
+        )
     run = _read_json(checkpoint / "config.json")
     hf_config = _backbone_config(checkpoint / "backbone.json")
     if not (checkpoint / "tokenizer").is_dir():

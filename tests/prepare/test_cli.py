@@ -37,6 +37,7 @@ def run(main, argv, capsys):
         ([], "KIND"),
         (["owl"], "invalid choice: 'owl'"),
         (["jsonl", "--output", "OUT"], "--input is needed"),
+        (["jsonl", "--imput", "IN", "--output", "OUT"], "did you mean '--input'?"),
         (["jsonl", "--input", "OUT/none.jsonl", "--output", "OUT"], "no such file or folder"),
         (["jsonl", "--input", "IN", "--output", "OUT", "--max_seq_len", "9"], "--max_seq_len"),
         (["jsonl", "--input", "IN", "--output", "OUT", "--max_seq_length", "9"], "16 to 4096"),
