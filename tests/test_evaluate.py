@@ -339,7 +339,7 @@ def test_command_line(repo, task, model, hf_folder, data, tmp_path, capsys):
         (["heldout", "--per_device_eval_batch_size", "0"], "eval_batch_size 0: must be at least 1"),
         (["heldout", "--eval_batches", "-1"], "--eval_batches -1: must be at least 1"),
         (["heldout", "--per_device_eval_batch_size", "x"], "invalid int value: 'x'"),
-        (["heldout", "--batch_size", "0"], "unrecognized arguments: --batch_size 0"),
+        (["heldout", "--batch_size", "0"], "did you mean '--per_device_eval_batch_size'?"),
         (["chess"], "invalid choice: 'chess'"),
     ],
 )

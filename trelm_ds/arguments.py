@@ -24,14 +24,8 @@ from trelm_ds.errors import ConfigError
 # Sections whose keys are flags by their own name; the method's knobs go through --set.
 FLAG_SECTIONS = {"train": TrainConfig, "model": ModelConfig, "data": DataConfig}
 KEY_LISTS = "trelm_ds/config.py, docs/recipe.md and docs/routing.md list the keys"
-# What other trainers call a flag, or this one elsewhere.
-ALIASES = {
-    "lr": "learning_rate",
-    "num_train_epochs": "max_steps",
-    "batch_size": "per_device_train_batch_size",
-    "train_batch_size": "per_device_train_batch_size",
-    "max_steps": "budget",
-}
+# What other trainers, or other commands here, call a flag.
+ALIASES = {"lr": "learning_rate", "num_train_epochs": "max_steps", "max_steps": "budget"}
 
 
 class LineParser(argparse.ArgumentParser):
@@ -63,8 +57,9 @@ class LineParser(argparse.ArgumentParser):
         section, _, bare = key.partition(".")
         if bare and bare == name and section not in FLAG_SECTIONS:
             return f"--set {key}=..."
-        meant = f"--{ALIASES.get(name, name)}"
-        near = [known for known in flags if known.startswith(meant)]
+        meant = ALIASES.get(name, name)
+        near = [known for known in flags if known.startswith(f"--{meant}")]
+        near += [known for known in flags if known.endswith(f"_{name}")]
         near += difflib.get_close_matches(f"--{name}", flags, n=1, cutoff=0.6)
         return near[0] if near else f"--set {key}=..." if key else None
 
