@@ -218,7 +218,8 @@ def test_command_line(repo, task, folder, tmp_path, capsys):
     assert cli(repo)([*argv, "--device", "cpu", *FEW]) == 0
     result = json.loads(file.read_text())
     assert result == json.loads(capsys.readouterr().out)
-    assert (result["task"], result["model"], result["data"]) == (task, "hf", task)
+    named = result["task"], result["model"], result["data"]
+    assert named == (task, str(folder / "hf"), str(folder / task))
     if task == "glue":
         parts = result["tasks"]
         assert set(parts) == {"SST-2", "STS-B"}
