@@ -66,6 +66,9 @@ def test_round_trip_gives_equal_logits(data, tmp_path, model_type, tied_names):
     loaded, report = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    longest = tokenizer("name1 " * 99, truncation=True, return_tensors="pt")
+    assert longest["input_ids"].shape[1] == tokenizer.model_max_length == 48
+    loaded(**longest)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     texts = ["name1 was born in the [MASK] .", "the old city of name3 [MASK]"]
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
