@@ -44,6 +44,8 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
         (["--set", "routing.form=block", "--set", "routing.paths=full"], "block"),
         (["--set", "memory.discount=1"], "memory.discount"),
         (["--config", "missing.yaml"], "no such file"),
+        (["--model_name_or_path", "x", "--num_hidden_layers", "2"], "model.num_hidden_layers is"),
+        (["--model_name_or_path", "x", "--set", "model.model_type=bert"], "model.model_type is"),
     ],
 )
 def test_bad_flags_are_one_line_that_names_the_fix(argv, said):
@@ -102,6 +104,9 @@ def test_a_saved_configuration_loads_to_the_same(tmp_path):
     config = load_config("trelm-paper", overrides={"train.max_steps": 12})
     config.save(tmp_path / "config.json")
     assert load_config(None, tmp_path / "config.json") == config
+    # It has the keys of a model from scratch too, which then are not asked for.
+    argv = ["--config", str(tmp_path / "config.json"), "--model_name_or_path", "x"]
+    assert parse_arguments(argv)[0].model.model_name_or_path == "x"
 
 
 def test_known_keys_are_unique():

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Collection
 
 from trelm_ds.config import (
+    FROM_SCRATCH,
     Config,
     DataConfig,
     ModelConfig,
@@ -158,11 +159,19 @@ def parse_arguments(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """The resolved configuration and the flags that are not part of it.
 
     Raises:
-        ConfigError: an unknown flag, preset or key (the nearest known one is named), or a value
-            that does not fit.
+        ConfigError: an unknown flag, preset or key (the nearest known one is named), a value that
+            does not fit, or a shape for a model that has its own.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
     overrides = given_config_flags(args)
     overrides.update(parse_assignment(text) for text in args.set)
-    return load_config(args.method, args.config, overrides), args
+    config = load_config(args.method, args.config, overrides)
+    folder = config.model.model_name_or_path
+    shape = next((name for name in FROM_SCRATCH if f"model.{name}" in overrides), None)
+    if folder is not None and shape is not None:
+        raise ConfigError(
+            f"model.{shape} is for a model from scratch, and that of --model_name_or_path {folder} "
+            "has its own: leave one of the two out"
+        )
+    return config, args

@@ -58,6 +58,14 @@ def _fraction(name: str, value: float, *, open_low: bool = False) -> None:
     _require(low_ok and value <= 1, f"{name}: {value} must be in {'(' if open_low else '['}0, 1]")
 
 
+# Keys of a model from scratch: one from a folder has values of its own.
+FROM_SCRATCH = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "max_position_embeddings", "hidden_dropout_prob"),
+    *("attention_probs_dropout_prob", "initializer_range"),
+)
+
+
 def _flag(default, text: str):
     """A key that is a command-line flag too; ``text`` is what ``--help`` says of it."""
     return field(default=default, metadata={"help": text})

@@ -291,14 +291,14 @@ def _score(args: argparse.Namespace) -> str | None:
     manifest = load_manifest(args.output)
     tokenizer = load_tokenizer(args.output / "tokenizer")
     length = manifest["max_seq_length"]
-    config = build_config(
-        {
-            "model.model_name_or_path": None if args.random_init else str(args.model),
+    if args.random_init:
+        model_keys = {
             "model.model_type": manifest["tokenizer"]["type"],
             "model.max_position_embeddings": max(512, length),
-            "data.max_seq_length": length,
         }
-    )
+    else:
+        model_keys = {"model.model_name_or_path": str(args.model)}
+    config = build_config(model_keys | {"data.max_seq_length": length})
     torch.manual_seed(args.seed)
     model = MaskedLanguageModel(load_backbone(config, len(tokenizer), tokenizer.pad_token_id))
     model.to(device)
