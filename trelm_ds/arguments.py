@@ -149,7 +149,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECTION.KEY=VALUE",
         help=f"any configuration key; repeatable, strongest; {KEY_LISTS}",
     )
-    parser.add_argument("--dry_run", action="store_true", help="print what would run, then exit")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print what would run, then exit; without --data_dir the sample corpus must be there",
+    )
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     add_config_flags(parser)
     return parser

@@ -47,6 +47,13 @@ def test_a_plan_lists_the_runs_and_writes_nothing(data, tmp_path, capsys):
     assert not (tmp_path / "s").exists()
 
 
+def test_a_plan_does_not_write_the_sample_corpus(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["routing", "--plan"]) == 2
+    assert "write the sample corpus first" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_globs_choose_routing_arms(data, tmp_path, capsys):
     argv = ["routing", "--plan", "--data", str(data), "--output_dir", str(tmp_path), "--seeds", "1"]
     argv += ["--arms", "dense", "block.25*R50", "--learning_rates", "1e-3"]
