@@ -37,7 +37,7 @@ quickstart: env
 	@echo "== next"
 	@echo "  probe the export   $(BIN)/python launch/evaluate.py lama --model $(OUT)/hf --data outputs/sample_data --json $(OUT)/lama.json"
 	@echo "  the baseline       $(BIN)/deepspeed launch/pretrain.py --deepspeed ds_configs/zero2.json --method dkplm"
-	@echo "  your own text      $(BIN)/python launch/prepare.py jsonl --input text.jsonl --output DIR, then --data_dir DIR"
+	@echo "  your own text      $(BIN)/python launch/prepare.py jsonl --input text.jsonl --graph GRAPH_DIR --output DIR, then --data_dir DIR"
 
 test: env
 	$(RUN) $(PYTEST)

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def named(args) -> dict:
-    return {"task": args.task, "model": args.model.name, "data": args.data.name}
+    return {"task": args.task, "model": str(args.model), "data": str(args.data)}
 
 
 def score_lama(args, model, tokenizer, device) -> dict:

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from trelm_ds.arguments import parse_arguments
+from trelm_ds.arguments import build_parser, parse_arguments
 from trelm_ds.config import PRESET_DIR, known_keys, load_config, preset_names
 from trelm_ds.engine import read_deepspeed_config, resolve_deepspeed_config, zero_stage
 from trelm_ds.errors import ConfigError
@@ -28,7 +28,12 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     ("argv", "said"),
     [
         (["--learning_rat", "1"], "--learning_rate"),
-        (["--kept_fraction", "1"], "routing.kept_fraction"),
+        (["--kept_fraction", "1"], "'--set routing.kept_fraction=...'"),
+        (["--lr", "1"], "'--learning_rate'"),
+        (["--learning-rate=1"], "'--learning_rate'"),
+        (["--num_train_epochs", "1"], "'--max_steps'"),
+        (["--batch_size", "1"], "'--per_device_train_batch_size'"),
+        (["--zzz", "1"], "unknown argument '--zzz'"),
         (["--set", "routing.kept=.1"], "routing.kept_fraction"),
         (["--method", "trelmm"], "'trelm'"),
         (["--learning_rate", "fast"], "not float"),
@@ -39,6 +44,8 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
         (["--set", "routing.form=block", "--set", "routing.paths=full"], "block"),
         (["--set", "memory.discount=1"], "memory.discount"),
         (["--config", "missing.yaml"], "no such file"),
+        (["--model_name_or_path", "x", "--num_hidden_layers", "2"], "model.num_hidden_layers is"),
+        (["--model_name_or_path", "x", "--set", "model.model_type=bert"], "model.model_type is"),
     ],
 )
 def test_bad_flags_are_one_line_that_names_the_fix(argv, said):
@@ -46,6 +53,18 @@ def test_bad_flags_are_one_line_that_names_the_fix(argv, said):
         parse_arguments(argv)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_help_says_what_each_key_is_its_choices_and_the_default_method_s_value():
+    parser = build_parser()
+    texts = {action.dest: action.help for action in parser._actions if action.metavar == "VALUE"}
+    assert len(texts) > 40 and all(len(text.split("; default ")[0]) > 5 for text in texts.values())
+    assert texts["mlm_probability"].endswith("; default 0.15 (trelm: 0.3)")
+    assert texts["object_loss_share"].endswith("; default none (trelm: 0.25)")
+    assert texts["export"].endswith("; default true")
+    assert "linear | cosine | constant" in texts["lr_scheduler_type"]
+    said = " ".join(parser.format_help().split())
+    assert "docs/routing.md" in said and "default trelm" in said
 
 
 @pytest.mark.parametrize(
@@ -85,6 +104,9 @@ def test_a_saved_configuration_loads_to_the_same(tmp_path):
     config = load_config("trelm-paper", overrides={"train.max_steps": 12})
     config.save(tmp_path / "config.json")
     assert load_config(None, tmp_path / "config.json") == config
+    # It has the keys of a model from scratch too, which then are not asked for.
+    argv = ["--config", str(tmp_path / "config.json"), "--model_name_or_path", "x"]
+    assert parse_arguments(argv)[0].model.model_name_or_path == "x"
 
 
 def test_known_keys_are_unique():

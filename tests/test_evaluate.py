@@ -192,6 +192,16 @@ def test_without_candidates_every_token_but_the_specials_competes(data, tmp_path
     assert len(probe.candidates[False]) == len(tokenizer) - 5
 
 
+def test_the_record_of_the_documentation_is_one(repo, data, tmp_path):
+    tokenizer = load_tokenizer(data / "tokenizer")
+    with pytest.raises(DataError, match="docs/evaluation.md"):
+        read_probe(tmp_path, tokenizer)
+    lines = (repo / "docs" / "evaluation.md").read_text().splitlines()
+    (record,) = (line for line in lines if line.startswith('{"relation": "P36"'))
+    (tmp_path / "own.jsonl").write_text(record.replace('"Paris"', '"name1"') + "\n")
+    assert read_probe(tmp_path, tokenizer).rows[0].relation == "P36"
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -320,6 +330,7 @@ def test_command_line(repo, task, model, hf_folder, data, tmp_path, capsys):
     result = json.loads(file.read_text())
     assert result == json.loads(capsys.readouterr().out)
     assert result["task"] == task
+    assert (result["model"], result["data"]) == (str(hf_folder), str(data))
     if task == "lama":
         expected = probe_accuracy(model, load_probes(data, model), "cpu")
         assert result["splits"] == expected["splits"]
@@ -339,7 +350,7 @@ def test_command_line(repo, task, model, hf_folder, data, tmp_path, capsys):
         (["heldout", "--per_device_eval_batch_size", "0"], "eval_batch_size 0: must be at least 1"),
         (["heldout", "--eval_batches", "-1"], "--eval_batches -1: must be at least 1"),
         (["heldout", "--per_device_eval_batch_size", "x"], "invalid int value: 'x'"),
-        (["heldout", "--batch_size", "0"], "unrecognized arguments: --batch_size 0"),
+        (["heldout", "--batch_size", "0"], "did you mean '--per_device_eval_batch_size'?"),
         (["chess"], "invalid choice: 'chess'"),
     ],
 )

@@ -66,6 +66,9 @@ def test_round_trip_gives_equal_logits(data, tmp_path, model_type, tied_names):
     loaded, report = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    longest = tokenizer("name1 " * 99, truncation=True, return_tensors="pt")
+    assert longest["input_ids"].shape[1] == tokenizer.model_max_length == 48
+    loaded(**longest)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     texts = ["name1 was born in the [MASK] .", "the old city of name3 [MASK]"]
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
@@ -126,14 +129,14 @@ def test_an_existing_folder_is_replaced_only_on_request_and_only_if_it_is_an_exp
     model = _checkpoint(tmp_path / "step_1", data)
     arguments = (model.state_dict(), tmp_path / "step_1", tmp_path / "hf")
     export_model(*arguments)
-    with pytest.raises(ConfigError, match="exists"):
+    with pytest.raises(ConfigError, match="exists.* with --overwrite"):
         export_model(*arguments)
     (tmp_path / "hf" / "stale").touch()
     export_model(*arguments, overwrite=True)
     assert not (tmp_path / "hf" / "stale").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(ConfigError, match="exists"):
+    with pytest.raises(ConfigError, match="exists.* remove it first"):
         export_model(*arguments[:2], tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 

@@ -102,6 +102,16 @@ def test_one_job_at_a_time_has_a_run_folder(tmp_path, monkeypatch):
     pretrain._held_locks.pop().close()
 
 
+def test_who_only_looks_does_not_write_the_sample_corpus(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="name --data_dir, or write the sample corpus first: "):
+        pretrain.data_folder(None, only_look=True)
+    assert not list(tmp_path.iterdir())
+    assert pretrain.data_folder("named", only_look=True).name == "named"
+    write_tiny_corpus(tmp_path / pretrain.SAMPLE_DIR)
+    assert str(pretrain.data_folder(None, only_look=True)) == pretrain.SAMPLE_DIR
+
+
 def test_folders_named_by_themselves_are_never_shared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_config("dkplm")

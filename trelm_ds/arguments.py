@@ -9,6 +9,7 @@ import typing
 from collections.abc import Collection
 
 from trelm_ds.config import (
+    FROM_SCRATCH,
     Config,
     DataConfig,
     ModelConfig,
@@ -17,11 +18,15 @@ from trelm_ds.config import (
     nearest_key,
     parse_assignment,
     preset_names,
+    read_preset,
 )
 from trelm_ds.errors import ConfigError
 
 # Sections whose keys are flags by their own name; the method's knobs go through --set.
 FLAG_SECTIONS = {"train": TrainConfig, "model": ModelConfig, "data": DataConfig}
+KEY_LISTS = "trelm_ds/config.py, docs/recipe.md and docs/routing.md list the keys"
+# What other trainers, or other commands here, call a flag.
+ALIASES = {"lr": "learning_rate", "num_train_epochs": "max_steps", "max_steps": "budget"}
 
 
 class LineParser(argparse.ArgumentParser):
@@ -30,9 +35,49 @@ class LineParser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ConfigError(message)
 
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """As argparse's.
+
+        Raises:
+            ConfigError: anything wrong; of an unknown flag it names the nearest known one.
+        """
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word for word in unknown if word.startswith("-")), unknown[0])
+            flag = flag.partition("=")[0]
+            near = self._nearest(flag, found) if flag.startswith("-") else None
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ConfigError(f"unknown argument {flag!r}{hint}")
+        return found
+
+    def _nearest(self, flag: str, found: argparse.Namespace) -> str | None:
+        """The flag most like ``flag``; where there is ``--set``, maybe a configuration key."""
+        name = flag.lstrip("-").replace("-", "_")
+        flags = self._flags(found)
+        key = nearest_key(name) if "--set" in flags else ""
+        section, _, bare = key.partition(".")
+        if bare and bare == name and section not in FLAG_SECTIONS:
+            return f"--set {key}=..."
+        meant = ALIASES.get(name, name)
+        near = [known for known in flags if known.startswith(f"--{meant}")]
+        near += [known for known in flags if known.endswith(f"_{name}")]
+        near += difflib.get_close_matches(f"--{name}", flags, n=1, cutoff=0.6)
+        return near[0] if near else f"--set {key}=..." if key else None
+
+    def _flags(self, found: argparse.Namespace) -> list[str]:
+        """The flags that --help shows but itself, those of the chosen command too."""
+        flags = []
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                flags += action.choices[getattr(found, action.dest)]._flags(found)
+            elif action.help != argparse.SUPPRESS and action.dest != "help":
+                flags += action.option_strings
+        return flags
+
 
 def add_config_flags(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
     """A flag for every key of ``FLAG_SECTIONS`` by its bare name, but those in ``leave_out``."""
+    preset = read_preset(Config.method)
     for section, cls in FLAG_SECTIONS.items():
         group = parser.add_argument_group(section)
         hints = typing.get_type_hints(cls)
@@ -42,9 +87,16 @@ def add_config_flags(parser: argparse.ArgumentParser, leave_out: Collection[str]
             options = typing.get_args(hints[f.name]) or (hints[f.name],)
             # A bare --bf16 means true; --bf16 false switches it off.
             bare = {"nargs": "?", "const": "true"} if bool in options else {}
-            group.add_argument(
-                f"--{f.name}", default=None, metavar="VALUE", help=f"default {f.default}", **bare
-            )
+            text = f"{f.metadata['help']}; default {_plain(f.default)}"
+            ours = preset.get(f"{section}.{f.name}", f.default)
+            if ours != f.default:
+                text += f" ({Config.method}: {_plain(ours)})"
+            group.add_argument(f"--{f.name}", metavar="VALUE", help=text, **bare)
+
+
+def _plain(value) -> str:
+    """A default as one would write it on the command line."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def given_config_flags(
@@ -85,15 +137,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--deepspeed", metavar="JSON", help="DeepSpeed configuration (ds_configs/*.json)"
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON run configuration")
-    parser.add_argument("--method", metavar="NAME", help=f"preset: {', '.join(preset_names())}")
+    parser.add_argument(
+        "--method",
+        metavar="NAME",
+        help=f"preset: {', '.join(preset_names())}; default {Config.method}",
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="any configuration key; repeatable, strongest",
+        help=f"any configuration key; repeatable, strongest; {KEY_LISTS}",
     )
-    parser.add_argument("--dry_run", action="store_true", help="print what would run, then exit")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print what would run, then exit; without --data_dir the sample corpus must be there",
+    )
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     add_config_flags(parser)
     return parser
@@ -103,20 +163,19 @@ def parse_arguments(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """The resolved configuration and the flags that are not part of it.
 
     Raises:
-        ConfigError: an unknown flag, preset or key (the nearest known one is named), or a value
-            that does not fit.
+        ConfigError: an unknown flag, preset or key (the nearest known one is named), a value that
+            does not fit, or a shape for a model that has its own.
     """
     parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = next((a for a in unknown if a.startswith("-")), unknown[0])
-        flag = flag.partition("=")[0]
-        known = [option for action in parser._actions for option in action.option_strings]
-        key = nearest_key(flag.lstrip("-"))
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
-        is_key = key.partition(".")[2] == flag.lstrip("-")
-        hint = near[0] if near and not is_key else f"--set {key}=..."
-        raise ConfigError(f"unknown argument {flag!r}; did you mean {hint!r}?")
+    args = parser.parse_args(argv)
     overrides = given_config_flags(args)
     overrides.update(parse_assignment(text) for text in args.set)
-    return load_config(args.method, args.config, overrides), args
+    config = load_config(args.method, args.config, overrides)
+    folder = config.model.model_name_or_path
+    shape = next((name for name in FROM_SCRATCH if f"model.{name}" in overrides), None)
+    if folder is not None and shape is not None:
+        raise ConfigError(
+            f"model.{shape} is for a model from scratch, and that of --model_name_or_path {folder} "
+            "has its own: leave one of the two out"
+        )
+    return config, args

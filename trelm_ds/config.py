@@ -1,8 +1,8 @@
 """One typed configuration: preset < file < flags < ``--set``, unknown keys are errors.
 
-A run is described by eight sections. Each is a dataclass whose field comments are its
-reference; the paper's symbol stands in brackets. Values come from, weakest first:
-the defaults here, the preset named by ``--method`` (``trelm_ds/presets/NAME.yaml``),
+A run is described by eight sections. Each is a dataclass whose field comments, and texts for
+``--help``, are its reference; the paper's symbol stands in brackets. Values come from, weakest
+first: the defaults here, the preset named by ``--method`` (``trelm_ds/presets/NAME.yaml``),
 the YAML/JSON file of ``--config``, Hugging Face style flags, and ``--set section.key=value``.
 """
 
@@ -58,25 +58,43 @@ def _fraction(name: str, value: float, *, open_low: bool = False) -> None:
     _require(low_ok and value <= 1, f"{name}: {value} must be in {'(' if open_low else '['}0, 1]")
 
 
+# Keys of a model from scratch: one from a folder has values of its own.
+FROM_SCRATCH = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "max_position_embeddings", "hidden_dropout_prob"),
+    *("attention_probs_dropout_prob", "initializer_range"),
+)
+
+
+def _flag(default, text: str):
+    """A key that is a command-line flag too; ``text`` is what ``--help`` says of it."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """The backbone: a Hugging Face BERT or RoBERTa, from a local folder or from a config."""
 
-    model_name_or_path: str | None = None  # local folder; None: from scratch, by the keys below
-    model_type: str = "bert"  # bert | roberta; from scratch only
-    hidden_size: int = 128
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    intermediate_size: int = 512
-    max_position_embeddings: int = 512
-    hidden_dropout_prob: float = 0.0  # from scratch only, as the keys above
-    attention_probs_dropout_prob: float = 0.0
-    # Weights' standard deviation from scratch; None: BERT's 0.02 at width 768, scaled by
-    # sqrt(768 / hidden_size): at 0.02 a narrow model's attention starts all but uniform.
-    initializer_range: float | None = None
-    attn_implementation: str = "sdpa"  # sdpa | eager
-    unpad: bool = True  # the encoder computes real tokens only; with sdpa
-    gradient_checkpointing: bool = False
+    model_name_or_path: str | None = _flag(
+        None,
+        "local Hugging Face folder to start from; none: from scratch, by the next keys down to "
+        "initializer_range",
+    )
+    model_type: str = _flag("bert", "bert | roberta")
+    hidden_size: int = _flag(128, "width of the hidden states")
+    num_hidden_layers: int = _flag(2, "layers of the encoder")
+    num_attention_heads: int = _flag(4, "attention heads of a layer")
+    intermediate_size: int = _flag(512, "neurons of a layer's FFN")
+    max_position_embeddings: int = _flag(512, "longest sequence, in tokens")
+    hidden_dropout_prob: float = _flag(0.0, "dropout after embeddings, attention and FFN")
+    attention_probs_dropout_prob: float = _flag(0.0, "dropout of attention weights")
+    # At 0.02, BERT's at width 768, a narrow model's attention starts all but uniform.
+    initializer_range: float | None = _flag(
+        None, "standard deviation of the first weights; none: 0.02 * sqrt(768 / hidden_size)"
+    )
+    attn_implementation: str = _flag("sdpa", "sdpa | eager")
+    unpad: bool = _flag(True, "the encoder computes real tokens only; with sdpa")
+    gradient_checkpointing: bool = _flag(False, "compute activations twice to keep fewer")
 
     def __post_init__(self):
         _choice("model.model_type", self.model_type, ("bert", "roberta"))
@@ -108,16 +126,21 @@ class ModelConfig:
 class DataConfig:
     """Where the sequences come from and how they are masked."""
 
-    data_dir: str | None = None  # a folder written by launch/prepare.py; None: the embedded sample
-    max_seq_length: int = 128  # tokens; longer samples are refused at preparation
-    mlm_probability: float = 0.15  # share of text tokens that are MLM targets (80/10/10)
-    # Probability that a whole, not injected entity mention is masked; None: treated like any text.
-    mention_mask_probability: float | None = 0.4
-    num_workers: int = 1  # loader processes per rank; 0 reads in the training process
-    pad_to_multiple_of: int = 8
-    # Damaged samples that a run puts up with, each time that it meets one: an empty sequence takes
-    # its place. One more ends the run, with a checkpoint; so does the first one by default.
-    max_damaged_samples: int = 0
+    data_dir: str | None = _flag(
+        None, "folder written by launch/prepare.py; none: the embedded sample corpus"
+    )
+    max_seq_length: int = _flag(128, "tokens of the longest sequence; at least the data folder's")
+    mlm_probability: float = _flag(0.15, "share of text tokens that are MLM targets (80/10/10)")
+    mention_mask_probability: float | None = _flag(
+        0.4, "chance that a whole, not injected entity mention is masked; none: like any text"
+    )
+    num_workers: int = _flag(1, "loader processes per rank; 0 reads in the training process")
+    pad_to_multiple_of: int = _flag(8, "a batch's length in tokens is rounded up to a multiple")
+    # Counted each time that the run meets one.
+    max_damaged_samples: int = _flag(
+        0,
+        "damaged samples that an empty sequence replaces; one more ends the run, with a checkpoint",
+    )
 
     def __post_init__(self):
         _fraction("data.mlm_probability", self.mlm_probability, open_low=True)
@@ -316,34 +339,49 @@ class RoutingConfig:
 class TrainConfig:
     """Optimisation, the run's length, and what is written when. Hugging Face's names."""
 
-    output_dir: str | None = None  # None: outputs/METHOD, numbered where that exists
-    max_steps: int = 2400
-    max_hours: float | None = None  # training clock; evaluation and queue time are not charged
-    per_device_train_batch_size: int = 24  # sequences of a micro-batch
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 2e-3  # of a small model from scratch; BERT's size wants 1e-4 or less
-    weight_decay: float = 0.01
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.98
-    adam_epsilon: float = 1e-6
-    max_grad_norm: float = 1.0  # 0: no clipping
-    # Share of the MLM loss that goes to the mean over tokens of whole masked entity mentions, the
-    # rest to the mean over text tokens; None: every masked token weighs the same.
-    object_loss_share: float | None = None
-    lr_scheduler_type: str = "linear"  # linear | cosine | constant
-    warmup_ratio: float = 0.1
-    min_lr_ratio: float = 0.0
-    seed: int = 42
-    bf16: bool | None = None  # None: where the accelerator is a GPU that has it
-    logging_steps: int = 50
-    eval_steps: int = 400  # 0: only at the start and the end
-    eval_batches: int = 16  # of 32 held-out sequences, per evaluation
-    eval_probes: int | None = None  # facts asked per evaluation, evenly spaced; None: all
-    save_steps: int = 800  # 0: only at the end
-    save_total_limit: int = 2
-    resume_from_checkpoint: str | None = None  # latest | a checkpoint folder
-    report_to: str = "none"  # tensorboard | wandb | csv | none
-    export: bool = True  # write OUTPUT_DIR/hf at the end
+    output_dir: str | None = _flag(
+        None, "the run's folder; none: outputs/METHOD, numbered where that exists"
+    )
+    max_steps: int = _flag(2400, "optimizer steps")
+    max_hours: float | None = _flag(
+        None, "end by the training clock, which evaluation and queue time are not on; none: never"
+    )
+    per_device_train_batch_size: int = _flag(24, "sequences of a micro-batch")
+    gradient_accumulation_steps: int = _flag(1, "micro-batches of a step, on each rank")
+    learning_rate: float = _flag(
+        2e-3,
+        "its peak; the default is a small model's from scratch, BERT's size wants 1e-4 or less",
+    )
+    weight_decay: float = _flag(0.01, "of AdamW")
+    adam_beta1: float = _flag(0.9, "of AdamW")
+    adam_beta2: float = _flag(0.98, "of AdamW")
+    adam_epsilon: float = _flag(1e-6, "of AdamW")
+    max_grad_norm: float = _flag(1.0, "longer gradients are clipped to it; 0: no clipping")
+    object_loss_share: float | None = _flag(
+        None,
+        "share of the MLM loss for the tokens of whole masked entity mentions, the rest for text "
+        "(each a mean over tokens); none: every masked token weighs the same",
+    )
+    lr_scheduler_type: str = _flag("linear", "linear | cosine | constant, after the warm-up")
+    warmup_ratio: float = _flag(0.1, "share of the run in which the learning rate rises")
+    min_lr_ratio: float = _flag(0.0, "share of the learning rate that is left at the end")
+    seed: int = _flag(42, "of weights, data order, masks and dropout")
+    bf16: bool | None = _flag(None, "compute in bfloat16; none: on GPUs that have it")
+    logging_steps: int = _flag(50, "steps from one line of metrics to the next")
+    eval_steps: int = _flag(
+        400, "steps from one evaluation to the next; 0: only at the start and the end"
+    )
+    eval_batches: int = _flag(16, "of 32 held-out sequences, per evaluation")
+    eval_probes: int | None = _flag(
+        None, "facts asked per evaluation, evenly spaced; none: all there are"
+    )
+    save_steps: int = _flag(800, "steps from one checkpoint to the next; 0: only at the end")
+    save_total_limit: int = _flag(2, "checkpoints kept, the newest")
+    resume_from_checkpoint: str | None = _flag(
+        None, "latest | a checkpoint folder DIR; none: a new run"
+    )
+    report_to: str = _flag("none", "tensorboard | wandb | csv | none, beside metrics.jsonl")
+    export: bool = _flag(True, "write the trained model to OUTPUT_DIR/hf at the end")
 
     def __post_init__(self):
         _choice("train.lr_scheduler_type", self.lr_scheduler_type, ("linear", "cosine", "constant"))

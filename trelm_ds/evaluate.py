@@ -157,7 +157,7 @@ def read_probe(data_dir: str | Path, tokenizer, max_length: int | None = None) -
     folder = folder / "probe" if (folder / "probe").is_dir() else folder
     files = sorted(folder.glob("*.jsonl"))
     if not files:
-        raise DataError(f"{folder}: no probe files (*.jsonl)")
+        raise DataError(f"{folder}: no probe files (*.jsonl); docs/evaluation.md has their form")
     records = [record for file in files for record in _read_records(file)]
     words = folder / "candidates.txt"
     listed = [line for _, line in iter_lines(words)] if words.is_file() else None

@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, RobertaConfig
 from trelm_ds.errors import CheckpointError, ConfigError, one_line
 from trelm_ds.files import fsync, fsync_tree
 from trelm_ds.metrics import read_metrics
-from trelm_ds.model import no_progress_bar
+from trelm_ds.model import max_positions, no_progress_bar
 from trelm_ds.routing.ffn import to_hf_state_dict
 
 BACKBONE = "backbone."
@@ -80,8 +80,12 @@ def export_model(
         ConfigError: ``output_dir`` exists and may not be replaced.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
-    if output_dir.exists() and (not overwrite or not _is_export(output_dir)):
+    if output_dir.exists() and not _is_export(output_dir):
         raise ConfigError(f"{output_dir} exists: choose another folder or remove it first")
+    if output_dir.exists() and not overwrite:
+        raise ConfigError(
+            f"{output_dir} exists: choose another folder, or replace that export with --overwrite"
+        )
     run = _read_json(checkpoint / "config.json")
     hf_config = _backbone_config(checkpoint / "backbone.json")
     if not (checkpoint / "tokenizer").is_dir():
@@ -101,6 +105,7 @@ def export_model(
         for file in sorted((checkpoint / "tokenizer").iterdir()):
             if file.is_file():
                 shutil.copyfile(file, temporary / file.name)
+        _limit_length(temporary / "tokenizer_config.json", max_positions(hf_config))
         save_file(extras, temporary / EXTRAS)
         (temporary / "README.md").write_text(model_card(run, hf_config, checkpoint, metrics or {}))
         fsync_tree(temporary)
@@ -109,6 +114,16 @@ def export_model(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return output_dir
+
+
+def _limit_length(path: Path, length: int) -> None:
+    """Has the exported tokenizer know the model's longest sequence, at which it then truncates.
+
+    A prepared folder's tokenizer is for any model, and has no limit.
+    """
+    content = _read_json(path) if path.is_file() else {}
+    content["model_max_length"] = length
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _is_export(folder: Path) -> bool:

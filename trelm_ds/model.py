@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from trelm_ds.config import Config
+from trelm_ds.config import FROM_SCRATCH, Config, ModelConfig
 from trelm_ds.data.collate import Batch
 from trelm_ds.data.negatives import negative_distribution
 from trelm_ds.data.tokenizer import load_tokenizer
@@ -143,7 +143,8 @@ def load_backbone(config: Config, vocab_size: int, pad_token_id: int) -> nn.Modu
         vocab_size: of the data folder's tokenizer.
         pad_token_id: of the same.
     Raises:
-        ConfigError: the folder cannot be used, or its positions are too few for the sequences.
+        ConfigError: the folder cannot be used, its shape is not the one asked for, or its
+            positions are too few for the sequences.
         DataError: its vocabulary is not the tokenizer's.
     """
     folder = config.model.model_name_or_path
@@ -151,6 +152,7 @@ def load_backbone(config: Config, vocab_size: int, pad_token_id: int) -> nn.Modu
         backbone = build_backbone(config, vocab_size, pad_token_id)
     else:
         backbone = load_pretrained(folder, config.model.attn_implementation)
+        _refuse_another_shape(config.model, backbone.config)
         if backbone.config.vocab_size != vocab_size:
             raise DataError(
                 f"model {folder} has a vocabulary of {backbone.config.vocab_size} but the data "
@@ -163,6 +165,22 @@ def load_backbone(config: Config, vocab_size: int, pad_token_id: int) -> nn.Modu
             f"{max_positions(backbone.config)} positions"
         )
     return backbone
+
+
+def _refuse_another_shape(model: ModelConfig, hf_config) -> None:
+    """Refuses keys for a model from scratch that are neither their defaults nor the folder's.
+
+    A default is let through: a run's ``config.json`` has every key, asked for or not.
+    """
+    for name in FROM_SCRATCH:
+        asked, own = getattr(model, name), getattr(hf_config, name)
+        if name == "max_position_embeddings":
+            own = max_positions(hf_config)
+        if asked not in (getattr(ModelConfig, name), own):
+            raise ConfigError(
+                f"model.{name} {asked} is for a model from scratch: that of model_name_or_path "
+                f"{model.model_name_or_path} has {own}"
+            )
 
 
 def max_positions(hf_config) -> int:

@@ -129,12 +129,21 @@ def _lock(output: Path) -> None:
             return
 
 
-def data_folder(named: str | Path | None) -> Path:
-    """The prepared folder that is named, or the embedded corpus's, written where it is not yet."""
+def data_folder(named: str | Path | None, only_look: bool = False) -> Path:
+    """The prepared folder that is named, or the embedded corpus's, written where it is not yet.
+
+    Raises:
+        ConfigError: it would have to be written, and ``only_look`` says to write nothing.
+    """
     if named is not None:
         return Path(named)
     folder = Path(SAMPLE_DIR)
     if not (folder / "manifest.json").exists():
+        if only_look:
+            raise ConfigError(
+                "name --data_dir, or write the sample corpus first: "
+                f"python launch/prepare.py sample --output {folder}"
+            )
         logger.info("writing the sample corpus to %s", folder)
         from trelm_ds.prepare.cli import prepare
 
@@ -218,7 +227,7 @@ def _dry_run(config: Config, ds_config: dict, world: World) -> None:
     from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
     from trelm_ds.model import TrelmModel
 
-    data = data_folder(config.data.data_dir)
+    data = data_folder(config.data.data_dir, only_look=True)
     manifest = load_manifest(data)
     model = TrelmModel.build(config, data, KnowledgeGraph.load(data), KnowledgeTables.load(data))
     _warn_of_the_rate(config, model.hidden_size)

@@ -47,6 +47,13 @@ def test_a_plan_lists_the_runs_and_writes_nothing(data, tmp_path, capsys):
     assert not (tmp_path / "s").exists()
 
 
+def test_a_plan_does_not_write_the_sample_corpus(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["routing", "--plan"]) == 2
+    assert "write the sample corpus first" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_globs_choose_routing_arms(data, tmp_path, capsys):
     argv = ["routing", "--plan", "--data", str(data), "--output_dir", str(tmp_path), "--seeds", "1"]
     argv += ["--arms", "dense", "block.25*R50", "--learning_rates", "1e-3"]
@@ -62,6 +69,10 @@ def test_globs_choose_routing_arms(data, tmp_path, capsys):
         (["--methods", "trelmm", "dkplm"], "'trelm'"),
         (["--baselines", "mlm", "--methods", "trelm"], "'mlm' is not among"),
         (["--budget", "soon"], "--budget soon"),
+        (["--budjet", "9"], "did you mean '--budget'?"),
+        (["--seed", "4"], "did you mean '--seeds'?"),
+        (["--max_steps", "4"], "did you mean '--budget'?"),
+        (["--kept_fraction", "1"], "did you mean '--set routing.kept_fraction=...'?"),
         (["--seeds", "0"], "--seeds 0"),
         (["--learning_rates", "1e-3", "0.001"], "twice"),
         (["--set", "train.seed=4"], "the study decides"),
@@ -88,6 +99,8 @@ def test_sweeps_by_short_name_and_by_key(data, tmp_path, capsys):
     for key, values in (("memory.deca", ["1"]), ("memory.decay", None), ("method", ["mlm"])):
         with pytest.raises(ConfigError, match="--key"):
             named_sweep(key, values)
+    with pytest.raises(ConfigError, match="'theta'"):
+        named_sweep("thetta", None)
     argv = ["sweep", "--plan", "--data", str(data), "--output_dir", str(tmp_path), "--seeds", "2"]
     assert main([*argv, "--key", "rho", "--values", ".25", "0.5"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -218,7 +218,8 @@ def test_command_line(repo, task, folder, tmp_path, capsys):
     assert cli(repo)([*argv, "--device", "cpu", *FEW]) == 0
     result = json.loads(file.read_text())
     assert result == json.loads(capsys.readouterr().out)
-    assert (result["task"], result["model"], result["data"]) == (task, "hf", task)
+    named = result["task"], result["model"], result["data"]
+    assert named == (task, str(folder / "hf"), str(folder / task))
     if task == "glue":
         parts = result["tasks"]
         assert set(parts) == {"SST-2", "STS-B"}
@@ -242,8 +243,8 @@ def test_command_line(repo, task, folder, tmp_path, capsys):
         (["relation", "--data", "none"], "none: no such folder"),
         (["glue", "--max_train_samples", "0"], "--max_train_samples 0: must be at least 1"),
         (["glue"], "no folder of a GLUE task in it"),
-        (["typing", "--eval_batches", "3"], "unrecognized arguments: --eval_batches 3"),
-        (["neurons", "--epochs", "3"], "unrecognized arguments: --epochs 3"),
+        (["typing", "--eval_batches", "3"], "unknown argument '--eval_batches'"),
+        (["neurons", "--epochs", "3"], "unknown argument '--epochs'"),
         (["neurons", "--max_eval_samples", "0"], "--max_eval_samples 0: must be at least 1"),
         (["neurons"], "dev.jsonl:1: 'relation' is missing"),
     ],

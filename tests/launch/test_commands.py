@@ -18,9 +18,13 @@ from trelm_ds.errors import TrelmError
 from trelm_ds.pretrain import run
 from trelm_ds.stopping import StopRequest
 
-TINY = [
+SHAPE = [
     *("--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2"),
-    *("--intermediate_size", "64", "--max_seq_length", "64", "--num_workers", "0"),
+    *("--intermediate_size", "64"),
+]
+TINY = [
+    *SHAPE,
+    *("--max_seq_length", "64", "--num_workers", "0"),
     *("--per_device_train_batch_size", "4", "--logging_steps", "1", "--eval_steps", "0"),
     *("--eval_batches", "1", "--set", "decoding.num_negatives=8"),
 ]
@@ -171,7 +175,7 @@ def test_a_backbone_of_another_vocabulary_is_refused(data_dir, tmp_path):
     ).save_pretrained(tmp_path / "bert")
     argv = ["--data_dir", str(data_dir), "--model_name_or_path", str(tmp_path / "bert")]
     with pytest.raises(TrelmError, match="vocabulary"):
-        run([*argv, "--dry_run", *TINY], StopRequest())
+        run([*argv, "--dry_run", *TINY[len(SHAPE) :]], StopRequest())
 
 
 def readme_commands(repo) -> list[str]:

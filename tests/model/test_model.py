@@ -25,6 +25,7 @@ from model.model_batches import (
 )
 from tiny_corpus import byte_level_tokenizer
 
+from trelm_ds.config import FROM_SCRATCH, ModelConfig, build_config
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.model import (
     Normalizers,
@@ -103,6 +104,12 @@ def test_backbone_from_a_local_folder(model_type, tmp_path):
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
     with pytest.raises(DataError, match="vocabulary of 60 but .* one of 61"):
         load_backbone(config, VOCAB + 1, PAD)
+    unasked = {f"model.{name}": getattr(ModelConfig, name) for name in FROM_SCRATCH}
+    folder = {"model.model_name_or_path": str(tmp_path / "model"), "data.max_seq_length": 32}
+    load_backbone(build_config(unasked, folder), VOCAB, PAD)
+    for name, asked in (("hidden_size", 32), ("hidden_dropout_prob", 0.1)):
+        with pytest.raises(ConfigError, match=f"model.{name} {asked} is for a model from scratch"):
+            load_backbone(build_config(folder, {f"model.{name}": asked}), VOCAB, PAD)
 
 
 def test_unusable_model_folders_are_one_line_errors(tmp_path):

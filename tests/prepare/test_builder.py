@@ -260,6 +260,11 @@ def build_quickly(corpus, output, **options):
         (corpus_of(text_of(spans=[(0, 5, "my-id")])), False, "no mention could be linked"),
         (corpus_of(text_of(spans=[(0, 99, "Q90")])), False, r"document 'd': span \[0, 99\)"),
         (corpus_of(text_of(spans=[(0, 5, "Q90")])), True, "'d': entity 'Q90' .'Paris'. is not in"),
+        (
+            corpus_of(text_of(spans=[(0, 5, "q1")]), graph=RawGraph(triples=[("Q1", "P1", "Q2")])),
+            False,
+            "none of the 1 ids, such as 'q1', is in --graph, which has ids such as 'Q1'",
+        ),
         (corpus_of(text_of("ab", spans=[(0, 2, "Q1")])), False, "shorter than any sample"),
     ],
 )  # fmt: skip
@@ -297,7 +302,7 @@ def test_a_failure_half_way_keeps_the_old_folder(source, tmp_path, monkeypatch):
 # --- the graph's rules --------------------------------------------------------------------------
 
 
-def test_withheld_facts_unknown_ids_and_missing_names(tmp_path):
+def test_withheld_facts_unknown_ids_and_missing_names(tmp_path, caplog):
     graph = RawGraph(
         entities={
             "Q1": RawEntity("One"),
@@ -305,7 +310,10 @@ def test_withheld_facts_unknown_ids_and_missing_names(tmp_path):
             "Q3": RawEntity(""),
         },
         relations={"P1": "next"},
-        triples=[("Q1", "P1", "Q2"), ("Q1", "P2", "Q2"), ("Q1", "P1", "Q3"), ("Q1", "P1", "Q4")],
+        triples=[
+            *(("Q1", "P1", "Q2"), ("Q1", "P2", "Q2"), ("Q1", "P1", "Q3"), ("Q1", "P1", "Q4")),
+            ("Q5", "P1", "Q6"),
+        ],
         withheld=[("Q1", "P1", "Q2")],
     )
     text = "One and Two and Three with Four met Five"
@@ -317,7 +325,12 @@ def test_withheld_facts_unknown_ids_and_missing_names(tmp_path):
         RawProbe("P1", None, "Q3", "nobody [MASK]", "Three"),
         RawProbe("P1", "Q1", "Q99", "One [MASK]", "Nine"),
     ]
-    build_quickly(corpus_of(text_of(text, spans=spans), graph=graph, probes=probes), tmp_path / "d")
+    corpus = corpus_of(text_of(text, spans=spans), graph=graph, probes=probes)
+    with caplog.at_level("INFO"):
+        build_quickly(corpus, tmp_path / "d")
+    assert "1 mention(s) left out: their ids, such as 'own:5'" in caplog.text
+    assert "--strict makes that an error" in caplog.text
+    assert "1 triple(s) of the graph left out" in caplog.text and "Q5 P1 Q6" in caplog.text
     loaded = KnowledgeGraph.load(tmp_path / "d")
     names = dict(zip(loaded.entity_ids, loaded.entity_names, strict=True))
     # Q3 is named by the text, Q77 is new, own:5 is no id of a graph, Q4 has no name anywhere.

@@ -37,6 +37,7 @@ def run(main, argv, capsys):
         ([], "KIND"),
         (["owl"], "invalid choice: 'owl'"),
         (["jsonl", "--output", "OUT"], "--input is needed"),
+        (["jsonl", "--imput", "IN", "--output", "OUT"], "did you mean '--input'?"),
         (["jsonl", "--input", "OUT/none.jsonl", "--output", "OUT"], "no such file or folder"),
         (["jsonl", "--input", "IN", "--output", "OUT", "--max_seq_len", "9"], "--max_seq_len"),
         (["jsonl", "--input", "IN", "--output", "OUT", "--max_seq_length", "9"], "16 to 4096"),
@@ -47,6 +48,8 @@ def run(main, argv, capsys):
         (["jsonl", "--input", "IN", "--output", "OUT", "--vocab", "gone"], "gone: no such file"),
         (["jsonl", "--input", "IN", "--output", "IN/under/a/file"], "Not a directory"),
         (["sample", "--input", "IN", "--output", "OUT"], "takes no --input"),
+        (["sample", "--output", "OUT", "--graph_only_fraction", "0"], "trex alone"),
+        (["jsonl", "--input", "IN", "--output", "OUT", "--also", "rebel=IN"], "trex alone"),
         (["trex", "--input", "IN", "--output", "OUT"], "must be one folder"),
         (["verify", "--output", "OUT"], "not found"),
         (["embed", "--output", "OUT"], "not found"),
@@ -143,6 +146,20 @@ def test_help_names_every_kind_and_step(capsys):
     text = capsys.readouterr().out
     for name in (*READERS, "score", "index", "embed", "stats", "verify"):
         assert f"\n    {name}" in text
+
+
+def test_help_of_a_kind_has_what_the_kind_uses_with_defaults(capsys):
+    said = {}
+    for kind in (*READERS, "score", "embed"):
+        with pytest.raises(SystemExit):
+            prepare([kind, "--help"])
+        said[kind] = " ".join(capsys.readouterr().out.split())
+    assert [kind for kind in READERS if "--input PATH" not in said[kind]] == ["sample"]
+    for flag in ("--also", "--graph_only_fraction"):
+        assert [kind for kind in READERS if flag in said[kind]] == ["trex"]
+    for text in ("default 128", "default 42", "default 0.05", "default 100", "default 50"):
+        assert text in said["jsonl"]
+    assert "default 42" in said["score"] and "default 100" in said["embed"]
 
 
 def test_lookup(prepared, capsys):

@@ -308,8 +308,11 @@ def test_jsonl_spans_and_links(tmp_path):
     documents = list(corpus.documents)
     assert documents[0].spans == [(0, 5, "Q90")] and documents[0].heldout is None
     assert documents[1].spans == [(0, 4, "Q456"), (11, 17, "Q142")] and documents[1].heldout
-    with pytest.raises(DataError, match=r"c.jsonl:2: 'link' needs .* --graph"):
+    with pytest.raises(DataError, match=r"c.jsonl:2: 'link' needs the names of a graph: --graph"):
         list(read_jsonl([path], ReaderOptions()).documents)
+    nameless = read_graph(str(tmp_path / "g" / "triples.tsv"))
+    with pytest.raises(DataError, match=r"--graph has none: name a folder with entities.tsv"):
+        list(read_jsonl([path], ReaderOptions(graph=nameless)).documents)
 
 
 def test_a_folder_may_hold_compressed_files_of_both_kinds(tmp_path):
@@ -539,7 +542,7 @@ def empty_folder(folder):
         (long_span, r"a.jsonl:1: a span must be \[start, end, id\] or \[start, end\], got"),
         (bad_json, r"a.jsonl:1: not valid JSON"),
         (deep_json, r"a.jsonl:1: not valid JSON"),
-        (no_spans_key, r"a.jsonl:1: 'spans' is missing"),
+        (no_spans_key, r"""a.jsonl:1: 'spans' is missing; "link": true"""),
         (surrogate, r"a.jsonl:1: holds a lone surrogate"),
         (surrogate_id, r"a.jsonl:1: holds a lone surrogate"),
         (surrogate_title, r"a.jsonl:1: holds a lone surrogate"),

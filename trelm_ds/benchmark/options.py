@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from trelm_ds.arguments import add_config_flags, given_settings
+from trelm_ds.arguments import KEY_LISTS, add_config_flags, given_settings
 from trelm_ds.benchmark.arms import Arm, load_table
 from trelm_ds.benchmark.results import require_positive
 from trelm_ds.benchmark.study import SELECT_BY, Budget, Race, Start, Study
@@ -70,11 +70,19 @@ def add_study_arguments(parser: argparse.ArgumentParser, learning_rates: Sequenc
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, each on own cores")
     parser.add_argument("--deepspeed", type=Path, metavar="JSON", help="of every run")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for every arm"
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help=f"any configuration key, for every arm; {KEY_LISTS}",
     )
     parser.add_argument("--keep_checkpoints", action="store_true", help="of finished runs")
     parser.add_argument(
-        "--plan", "--dry_run", action="store_true", help="print the runs and their state, then exit"
+        "--plan",
+        "--dry_run",
+        action="store_true",
+        help="print the runs and their state, then exit; without --data the sample corpus must be "
+        "there",
     )
     add_config_flags(parser, OWN)
 
@@ -86,7 +94,9 @@ def folder_of(args: argparse.Namespace) -> Path:
 def declared_study(
     args: argparse.Namespace, arms: Sequence[Arm], export: bool = False, race: Race | None = None
 ) -> Study:
-    """The study that the flags declare; writes the sample corpus where no data was named.
+    """The study that the flags declare.
+
+    Where no data is named it writes the sample corpus, though not for a plan.
 
     Raises:
         ConfigError: a number out of range, the same rate or arm twice, or an unknown key.
@@ -108,7 +118,7 @@ def declared_study(
         raise ConfigError(f"--deepspeed {args.deepspeed}: no such file")
     settings = given_settings(args, OWN, "study")
     start = _declared_start(args)
-    settings["data.data_dir"] = str(data_folder(args.data))
+    settings["data.data_dir"] = str(data_folder(args.data, only_look=args.plan))
     return Study(
         folder_of(args),
         arms,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 
 from trelm_ds.benchmark.arms import Arm, Sweep, load_table
@@ -47,7 +48,9 @@ def named_sweep(key: str, values: list[str] | None) -> Sweep:
     if known is not None:
         return Sweep(known.key, tuple(values) if values else known.values)
     if key not in known_keys() or key == "method":
-        raise ConfigError(f"--key {key}: unknown key; did you mean {nearest_key(key)!r}?")
+        near = difflib.get_close_matches(key, load_table().sweeps, n=1, cutoff=0.6)
+        near = near[0] if near else nearest_key(key)
+        raise ConfigError(f"--key {key}: unknown key; did you mean {near!r}?")
     if not values:
         raise ConfigError(f"--key {key}: name its --values")
     return Sweep(key, tuple(values))

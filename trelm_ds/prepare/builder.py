@@ -174,6 +174,7 @@ class _Builder:
             "splits": splits,
         }
         manifest = write_manifest(self.folder, manifest)
+        self._tell_what_was_left_out(graph.examples)
         write_stats(
             self.folder,
             manifest,
@@ -270,6 +271,21 @@ class _Builder:
         if not len(indexed.triples):
             log.warning("the graph has no triple: nothing can be injected or decoded")
         return indexed
+
+    def _tell_what_was_left_out(self, examples: dict[str, object]) -> None:
+        if mentions := self.counts["mention_of_unknown_entity"]:
+            log.warning(
+                "%d mention(s) left out: their ids, such as %r, are not in the graph; "
+                "--strict makes that an error",
+                mentions,
+                examples["mention_of_unknown_entity"],
+            )
+        if triples := self.counts["triple_out_of_reach"]:
+            log.info(
+                "%d triple(s) of the graph left out: no text mentions an end of them, such as %s",
+                triples,
+                " ".join(examples["triple_out_of_reach"]),
+            )
 
     def _windows(
         self, spool: Spool, tokenizer, index: dict[str, int]

@@ -57,16 +57,29 @@ def _build_parser() -> argparse.ArgumentParser:
     defaults, build_defaults = ReaderOptions(), BuildOptions()
     for name, (_, text) in READERS.items():
         kind = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
-        kind.add_argument("--input", nargs="+", type=Path, default=[], metavar="PATH")
-        kind.add_argument("--output", required=True, type=Path, metavar="DIR")
+        # What a kind has no use for is not shown, and refused with a line of its own.
+        holds_back = name == "trex"
+        kind.add_argument(
+            "--input",
+            nargs="+",
+            type=Path,
+            default=[],
+            metavar="PATH",
+            help=argparse.SUPPRESS if name == "sample" else "files or folders of the corpus",
+        )
+        kind.add_argument(
+            "--output", required=True, type=Path, metavar="DIR", help="prepared folder to write"
+        )
         kind.add_argument(
             "--also",
             nargs="+",
             action="extend",
             default=[],
             metavar="KIND=PATH",
-            help="trex: other corpora into the same folder; what T-REx holds back is left out of "
-            "their texts",
+            help="other corpora into the same folder; what T-REx holds back is left out of their "
+            "texts"
+            if holds_back
+            else argparse.SUPPRESS,
         )
         kind.add_argument(
             "--graph",
@@ -88,27 +101,39 @@ def _build_parser() -> argparse.ArgumentParser:
             default=build_defaults.vocab_min_count,
             metavar="N",
             help="leave out pieces of a BERT --vocab that the texts use less than N times: for "
-            "small models, whose output layer is most of a step",
+            "small models, whose output layer is most of a step; default 0, none",
         )
         kind.add_argument(
-            "--max_seq_length", type=int, default=build_defaults.max_seq_length, metavar="N"
+            "--max_seq_length",
+            type=int,
+            default=build_defaults.max_seq_length,
+            metavar="N",
+            help="tokens of a sample at most, longer texts are cut into several; "
+            f"default {build_defaults.max_seq_length}",
         )
-        kind.add_argument("--seed", type=int, default=defaults.seed, metavar="N")
+        _add_seed(kind)
         kind.add_argument(
-            "--heldout_fraction", type=float, default=defaults.heldout_fraction, metavar="X"
+            "--heldout_fraction",
+            type=float,
+            default=defaults.heldout_fraction,
+            metavar="X",
+            help="share of documents that are held out, where the corpus does not say which; "
+            f"default {defaults.heldout_fraction}",
         )
         kind.add_argument(
             "--graph_only_fraction",
             type=float,
-            default=defaults.graph_only_fraction,
             metavar="X",
-            help="trex: share of subjects whose facts no text states",
+            help="share of subjects whose facts no text states; "
+            f"default {defaults.graph_only_fraction}"
+            if holds_back
+            else argparse.SUPPRESS,
         )
         kind.add_argument(
             "--limit",
             type=int,
             metavar="N",
-            help="documents (trex: facts) of each corpus to read at most",
+            help="documents (trex: facts) of each corpus to read at most; default all",
         )
         kind.add_argument(
             "--strict", action="store_true", help="a mentioned id that no graph knows is an error"
@@ -130,26 +155,26 @@ def _build_parser() -> argparse.ArgumentParser:
         )
         if name == "embed":
             _add_transe(step)
-            step.add_argument("--seed", type=int, default=defaults.seed, metavar="N")
+            _add_seed(step)
         if name == "score":
             source = step.add_mutually_exclusive_group(required=True)
             source.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face folder")
             source.add_argument(
                 "--random_init", action="store_true", help="a model from scratch, default sizes"
             )
-            step.add_argument("--seed", type=int, default=defaults.seed, metavar="N")
+            _add_seed(step)
             step.add_argument(
                 "--replacement",
                 choices=("unk", "mask"),
                 default="unk",
-                help="what a mention's tokens become",
+                help="what a mention's tokens become; default unk",
             )
             step.add_argument(
                 "--batch_tokens",
                 type=int,
                 default=4096,
                 metavar="N",
-                help="most tokens of one forward; more suits a GPU",
+                help="most tokens of one forward; more suits a GPU; default 4096",
             )
             step.add_argument(
                 "--bf16", action="store_true", help="faster on GPUs, coarser scores (docs/data.md)"
@@ -157,10 +182,23 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    seed = ReaderOptions().seed
+    parser.add_argument(
+        "--seed", type=int, default=seed, metavar="N", help=f"of random choices; default {seed}"
+    )
+
+
 def _add_transe(parser: argparse.ArgumentParser) -> None:
     defaults = BuildOptions()
-    parser.add_argument("--dim", type=int, default=defaults.dim, metavar="N", help="TransE")
-    parser.add_argument("--epochs", type=int, default=defaults.epochs, metavar="N", help="TransE")
+    for name, text in (
+        ("dim", "length of a TransE vector"),
+        ("epochs", "TransE's passes over the triples"),
+    ):
+        default = getattr(defaults, name)
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default {default}"
+        )
 
 
 def prepare(argv: list[str]) -> str | None:
@@ -192,6 +230,12 @@ def _prepare_corpus(args: argparse.Namespace) -> str:
         raise ConfigError("--vocab_min_count: name the vocabulary with --vocab")
     if not args.input and args.kind != "sample":
         raise ConfigError(f"{args.kind}: --input is needed")
+    if args.graph_only_fraction is None:
+        args.graph_only_fraction = ReaderOptions.graph_only_fraction
+    elif args.kind != "trex":
+        raise ConfigError("--graph_only_fraction: trex alone holds facts back from its texts")
+    if args.also and args.kind != "trex":
+        raise ConfigError("--also: trex alone takes other corpora beside it")
     check_output(args.output, args.overwrite)  # before minutes of reading
     reading = ReaderOptions(
         seed=args.seed,
@@ -248,14 +292,14 @@ def _score(args: argparse.Namespace) -> str | None:
     manifest = load_manifest(args.output)
     tokenizer = load_tokenizer(args.output / "tokenizer")
     length = manifest["max_seq_length"]
-    config = build_config(
-        {
-            "model.model_name_or_path": None if args.random_init else str(args.model),
+    if args.random_init:
+        model_keys = {
             "model.model_type": manifest["tokenizer"]["type"],
             "model.max_position_embeddings": max(512, length),
-            "data.max_seq_length": length,
         }
-    )
+    else:
+        model_keys = {"model.model_name_or_path": str(args.model)}
+    config = build_config(model_keys | {"data.max_seq_length": length})
     torch.manual_seed(args.seed)
     model = MaskedLanguageModel(load_backbone(config, len(tokenizer), tokenizer.pad_token_id))
     model.to(device)

@@ -43,6 +43,7 @@ class IndexedGraph:
         triples: int32 [T, 3] rows (head, relation, tail).
         withheld: int32 [*, 3].
         aliases: (name or alias, entity index).
+        examples: of what was left out, by the name of its counter.
     """
 
     index: dict[str, int]
@@ -51,6 +52,7 @@ class IndexedGraph:
     triples: np.ndarray
     withheld: np.ndarray
     aliases: list[tuple[str, int]] = field(default_factory=list)
+    examples: dict[str, object] = field(default_factory=dict)
 
 
 def _natural(entity: str) -> tuple[list, str]:
@@ -88,6 +90,7 @@ def index_graph(
     for head, _, tail in itertools.chain(graph.triples, graph.withheld):
         linked.update((head, tail))
     known: set[str] = set()
+    examples: dict[str, object] = {}
     for entity, seen in mentioned.items():
         if entity in linked:
             known.add(entity)
@@ -100,6 +103,7 @@ def index_graph(
             counts["entity_named_by_text_only"] += 1
         else:
             counts["mention_of_unknown_entity"] += seen.count
+            examples.setdefault("mention_of_unknown_entity", entity)
     known.update(end for p in probes for end in (p.subject, p.object) if end is not None)
 
     nameless = RawEntity("")
@@ -113,6 +117,7 @@ def index_graph(
         for head, relation, tail in triples:
             if not (head in known or tail in known):
                 counts["triple_out_of_reach"] += 1
+                examples.setdefault("triple_out_of_reach", (head, relation, tail))
             elif not (name_of(head) and name_of(tail)):
                 counts["triple_end_without_name"] += 1
             else:
@@ -123,8 +128,14 @@ def index_graph(
     kept = {entity for entity in known if name_of(entity)}
     for head, _, tail in (*triples, *withheld):
         kept.update((head, tail))
+    if not kept and linked and mentioned:
+        raise DataError(
+            f"none of the {len(mentioned)} ids, such as {next(iter(mentioned))!r}, is in --graph, "
+            f"which has ids such as {min(linked)!r}"
+        )
     if not kept:
-        raise DataError("no mention could be linked to an entity: is --graph missing?")
+        missing = "" if linked else ": is --graph missing?"
+        raise DataError(f"no mention could be linked to an entity{missing}")
     unseen = Mentioned("", "")
     order = sorted(kept, key=lambda e: (-mentioned.get(e, unseen).count, _natural(e)))
     index = {entity: i for i, entity in enumerate(order)}
@@ -149,6 +160,7 @@ def index_graph(
         triples=rows(triples),
         withheld=rows(withheld),
         aliases=aliases,
+        examples=examples,
     )
 
 

@@ -49,7 +49,10 @@ def _documents(
         nonlocal linker
         if linker is None:
             if not options.graph.entities:
-                raise DataError(f"{where}: {asking} needs the names of a graph: --graph")
+                problem = "needs the names of a graph: --graph"
+                if options.graph.triples:
+                    problem = "needs names, and --graph has none: name a folder with entities.tsv"
+                raise DataError(f"{where}: {asking} {problem}")
             linker = GraphLinker(options.graph)
         return linker
 
@@ -62,6 +65,10 @@ def _documents(
             if record.get("link") is True and "spans" not in record:
                 document.spans = get_linker(where, "'link'").find(text)
                 corpus.counts["mention_linked"] += len(document.spans)
+            elif "spans" not in record:
+                raise DataError(
+                    f"{where}: 'spans' is missing; \"link\": true instead finds the mentions"
+                )
             else:
                 unlinked = []
                 for row in get(record, "spans", list, where):
