@@ -60,9 +60,15 @@ def _fraction(name: str, value: float, *, open_low: bool = False) -> None:
 
 # Keys of a model from scratch: one from a folder has values of its own.
 FROM_SCRATCH = (
-    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("intermediate_size", "max_position_embeddings", "hidden_dropout_prob"),
-    *("attention_probs_dropout_prob", "initializer_range"),
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
 )
 
 

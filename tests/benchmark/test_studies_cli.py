@@ -42,8 +42,8 @@ def test_a_plan_lists_the_runs_and_writes_nothing(data, tmp_path, capsys):
     argv += ["--methods", "trelm", "dkplm", "--learning_rates", "1e-3", "2e-3", *TINY]
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "new       trelm lr 0.001 seed 1" and len(lines) == 5
-    assert lines[-1] == "then up to 4 more: each arm's best rate with seeds [2, 3]"
+    assert lines[0] == "new       trelm lr 0.001 seed 1" and len(lines) == 6
+    assert lines[-2] == "then up to 4 more: each arm's best rate with seeds [2, 3]"
     assert not (tmp_path / "s").exists()
 
 
@@ -104,7 +104,7 @@ def test_sweeps_by_short_name_and_by_key(data, tmp_path, capsys):
     argv = ["sweep", "--plan", "--data", str(data), "--output_dir", str(tmp_path), "--seeds", "2"]
     assert main([*argv, "--key", "rho", "--values", ".25", "0.5"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[1] == "routing.kept_fraction=.25" and len(lines) == 3
+    assert lines[0].split()[1] == "routing.kept_fraction=.25" and len(lines) == 4
     assert main([*argv, "--key", "rho", "--values", ".5", "0.5"]) == 2
     assert "twice" in capsys.readouterr().err
     assert main([*argv, "--key", "rho", "--select_by", "time"]) == 2

@@ -70,7 +70,12 @@ def test_models_are_left_by_the_chosen_runs_of_the_largest_budget_when_asked(stu
 
 def test_the_grid_is_searched_with_one_seed_and_the_best_rate_gets_the_others(study, starts):
     declared = study()
-    assert [line.split()[0] for line in declared.plan()] == ["new"] * 4 + ["then"]
+    assert [line.split()[0] for line in declared.plan()] == ["new"] * 4 + ["then", "up"]
+    assert declared.plan()[-1] == "up to 6 runs of 4 steps"
+    alone = study(rates=(0.001,), seeds=(1,), steps=(4, 2)).plan()
+    assert alone[0] == "new       a lr 0.001 seed 1, 4 steps"
+    assert alone[2] == "new       a lr 0.001 seed 1, 2 steps"
+    assert alone[4:] == ["4 runs of 4 steps and 2 steps"]
     assert declared.run(StopRequest())
     assert starts() == [
         "a/lr_0.001/seed_1",

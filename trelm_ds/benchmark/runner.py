@@ -57,6 +57,7 @@ class Run:
         learning_rate, seed: the other two coordinates.
         config: resolved; where it writes and what it resumes are the runner's.
         folder: its ``--output_dir``.
+        length: what its name adds where runs of several lengths are declared.
     """
 
     arm: str
@@ -64,10 +65,12 @@ class Run:
     seed: int
     config: Config
     folder: Path
+    length: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.arm} lr {self.learning_rate:g} seed {self.seed}"
+        name = f"{self.arm} lr {self.learning_rate:g} seed {self.seed}"
+        return f"{name}, {self.length}" if self.length else name
 
     @property
     def state(self) -> str:

@@ -43,6 +43,9 @@ class Budget:
         """Steps, or hours."""
         return self.steps if self.hours is None else self.hours
 
+    def __str__(self) -> str:
+        return f"{self.size:g} {'steps' if self.hours is None else 'h'}"
+
     @classmethod
     def parse(cls, text: str) -> Budget:
         """``2000`` is steps; ``0.5h``, ``30m`` and ``1800s`` are training clock.
@@ -166,7 +169,8 @@ class Study:
         if budget != self.budgets[0]:
             folder /= f"budget_{budget.size:g}"
         folder = folder / f"lr_{learning_rate:g}" / f"seed_{seed}"
-        return Run(arm.name, learning_rate, seed, config, folder)
+        length = str(budget) if len(self.budgets) > 1 else ""
+        return Run(arm.name, learning_rate, seed, config, folder, length)
 
     def start_run(self) -> Run | None:
         """The run of ``start``, with the settings of all arms; the first seed's."""
@@ -296,14 +300,17 @@ class Study:
         return (len(self.seeds) - 1) * len(self.arms) * len(self.budgets) * rates
 
     def plan(self) -> list[str]:
-        """One line a run that is known already, and how many follow."""
+        """One line a run that is known already, then how many follow and their lengths."""
         first = [self.start_run()] if self.start else []
         lines = [f"{run.state:9} {run.name}" for run in [*first, *self.grid()]]
         if all(run.state == "finished" for run in self.grid()):
             return lines + [f"{run.state:9} {run.name}" for run in self.rest()]
-        return lines + [
-            f"then up to {self._later} more: each arm's best rate with seeds {self.seeds[1:]}"
-        ]
+        if self._later:
+            lines.append(
+                f"then up to {self._later} more: each arm's best rate with seeds {self.seeds[1:]}"
+            )
+        total, lengths = len(self.grid()) + self._later, " and ".join(map(str, self.budgets))
+        return [*lines, f"{'up to ' if self._later else ''}{total} runs of {lengths}"]
 
     def run(
         self,
