@@ -1,6 +1,5 @@
 """P@1 against a plain Hugging Face loop, splits, sharding over ranks, held-out loss, the CLI."""
 
-import importlib.util
 import json
 import math
 import shutil
@@ -12,6 +11,7 @@ from multiprocess import run_ranks
 from tiny_corpus import byte_level_tokenizer, write_tiny_corpus
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from trelm_ds import evaluate_cli
 from trelm_ds.config import load_config
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.errors import DataError
@@ -314,19 +314,12 @@ def test_ranks_share_the_work_and_agree(model, hf_folder, data):
 # -- command line -------------------------------------------------------------------------------
 
 
-def _cli(repo, name):
-    spec = importlib.util.spec_from_file_location(f"launch_{name}", repo / "launch" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 @pytest.mark.parametrize("task", ["lama", "heldout"])
 def test_command_line(repo, task, model, hf_folder, data, tmp_path, capsys):
     file = tmp_path / "result.json"
     arguments = [task, "--model", str(hf_folder), "--data", str(data), "--json", str(file)]
     arguments += ["--device", "cpu", "--per_device_eval_batch_size", "4", "--eval_batches", "3"]
-    assert _cli(repo, "evaluate")(arguments) == 0
+    assert evaluate_cli.main(arguments) == 0
     result = json.loads(file.read_text())
     assert result == json.loads(capsys.readouterr().out)
     assert result["task"] == task
@@ -357,13 +350,13 @@ def test_command_line(repo, task, model, hf_folder, data, tmp_path, capsys):
 def test_command_line_errors_are_one_line(repo, hf_folder, data, capsys, arguments, said):
     task, *more = arguments
     argv = [task, "--model", str(hf_folder), "--data", str(data), *more]
-    assert _cli(repo, "evaluate")(argv) == 2
+    assert evaluate_cli.main(argv) == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and err.startswith("error: ") and said in err and not out
 
 
 def test_a_result_is_printed_where_its_file_cannot_be_written(repo, tmp_path, monkeypatch, capsys):
-    main = _cli(repo, "evaluate")
+    main = evaluate_cli.main
     monkeypatch.setitem(main.__globals__, "run", lambda args: {"p1": 0.5})
     argv = ["lama", "--model", "m", "--data", "d", "--json", str(tmp_path)]  # a folder, not a file
     assert main(argv) == 1
@@ -374,18 +367,15 @@ def test_a_result_is_printed_where_its_file_cannot_be_written(repo, tmp_path, mo
 def test_heldout_texts_are_for_models_of_their_vocabulary_and_length(
     repo, hf_folder, data, tmp_path, monkeypatch, capsys
 ):
-    spec = importlib.util.spec_from_file_location("launch_evaluate", repo / "launch/evaluate.py")
-    launch = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launch)
     argv = ["heldout", "--data", str(data), "--device", "cpu", "--model"]
-    assert launch.main([*argv, str(hf_folder)]) == 0
+    assert evaluate_cli.main([*argv, str(hf_folder)]) == 0
     assert json.loads(capsys.readouterr().out)["masked_tokens"] > 0
     other = shutil.copytree(hf_folder, tmp_path / "other")
     (file,) = other.glob("tokenizer.json")
     swapped = file.read_text().replace('"name1"', '"?"').replace('"name2"', '"name1"')
     file.write_text(swapped.replace('"?"', '"name2"'))
-    assert launch.main([*argv, str(other)]) == 2
+    assert evaluate_cli.main([*argv, str(other)]) == 2
     assert "have different vocabularies" in capsys.readouterr().err
     monkeypatch.setattr("trelm_ds.model.max_positions", lambda config: 4)
-    assert launch.main([*argv, str(hf_folder)]) == 2
+    assert evaluate_cli.main([*argv, str(hf_folder)]) == 2
     assert "positions for 4" in capsys.readouterr().err

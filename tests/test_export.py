@@ -1,6 +1,5 @@
 """Export: equal logits after a round trip, atomicity, refusals, the command line."""
 
-import importlib.util
 import json
 
 import pytest
@@ -9,7 +8,7 @@ from safetensors.torch import load_file
 from tiny_corpus import write_tiny_corpus
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from trelm_ds import export
+from trelm_ds import export, export_cli
 from trelm_ds.config import load_config
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.errors import CheckpointError, ConfigError
@@ -169,11 +168,6 @@ def test_last_evaluation_reads_the_step_of_the_checkpoint(tmp_path):
 
 
 def test_command_line(repo, data, tmp_path, monkeypatch, capsys):
-    import trelm_ds.checkpoint
-
-    spec = importlib.util.spec_from_file_location("launch_export", repo / "launch" / "export.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     run = tmp_path / "run"
     checkpoint = run / "checkpoints" / "step_00000007"
     model = _checkpoint(checkpoint, data)
@@ -186,11 +180,11 @@ def test_command_line(repo, data, tmp_path, monkeypatch, capsys):
         asked.append(folder)
         return model.state_dict()
 
-    monkeypatch.setattr(trelm_ds.checkpoint, "load_model_state", load)
-    assert module.main([str(checkpoint), str(tmp_path / "a")]) == 0
-    assert module.main([str(run), str(tmp_path / "b")]) == 0
+    monkeypatch.setattr(export_cli, "load_model_state", load)
+    assert export_cli.main([str(checkpoint), str(tmp_path / "a")]) == 0
+    assert export_cli.main([str(run), str(tmp_path / "b")]) == 0
     assert asked == [checkpoint, checkpoint]
     assert "| `eval/probe_p1` | 0.2500 |" in (tmp_path / "b" / "README.md").read_text()
     capsys.readouterr()
-    assert module.main([str(run), str(tmp_path / "b")]) == 2
+    assert export_cli.main([str(run), str(tmp_path / "b")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib.util
 import json
 import random
 from collections import Counter
@@ -17,6 +16,7 @@ from downstream.downstream_models import (
     write_typing,
 )
 
+from trelm_ds import evaluate_cli
 from trelm_ds.downstream.entity_typing import read_typing
 from trelm_ds.downstream.examples import Example, encode_examples
 from trelm_ds.downstream.finetune import (
@@ -201,13 +201,6 @@ def test_errors_of_the_user(tiny, folder):
 # -- command line -------------------------------------------------------------------------------
 
 
-def cli(repo):
-    spec = importlib.util.spec_from_file_location("launch_evaluate", repo / "launch/evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 FEW = ["--epochs", "1", "--seeds", "1", "--max_train_samples", "8", "--max_eval_samples", "8"]
 
 
@@ -215,7 +208,7 @@ FEW = ["--epochs", "1", "--seeds", "1", "--max_train_samples", "8", "--max_eval_
 def test_command_line(repo, task, folder, tmp_path, capsys):
     file = tmp_path / "result.json"
     argv = [task, "--model", str(folder / "hf"), "--data", str(folder / task), "--json", str(file)]
-    assert cli(repo)([*argv, "--device", "cpu", *FEW]) == 0
+    assert evaluate_cli.main([*argv, "--device", "cpu", *FEW]) == 0
     result = json.loads(file.read_text())
     assert result == json.loads(capsys.readouterr().out)
     named = result["task"], result["model"], result["data"]
@@ -252,6 +245,6 @@ def test_command_line(repo, task, folder, tmp_path, capsys):
 def test_command_line_errors_are_one_line(repo, folder, capsys, arguments, said):
     task, *more = arguments
     argv = [task, "--model", str(folder / "hf"), "--data", str(folder / "typing"), *more]
-    assert cli(repo)(argv) == 2
+    assert evaluate_cli.main(argv) == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and err.startswith("error: ") and said in err and not out

@@ -1,7 +1,6 @@
 """Knowledge neurons against plain loops over an unrouted Hugging Face model."""
 
 import copy
-import importlib.util
 import itertools
 import json
 
@@ -10,6 +9,7 @@ import torch
 from downstream.downstream_models import load_tiny, save_tiny_model, write_lines
 from routing.routing_models import tiny_backbone
 
+from trelm_ds import evaluate_cli
 from trelm_ds.downstream.neurons import (
     NODES,
     THRESHOLD,
@@ -190,11 +190,8 @@ def test_command_line(repo, tmp_path, capsys):
          "set": "template", "tail": False, "graph_only": False} for i in range(6)
     ]  # fmt: skip
     write_lines(tmp_path / "probe" / "template.jsonl", rows)
-    spec = importlib.util.spec_from_file_location("launch_evaluate", repo / "launch/evaluate.py")
-    launch = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launch)
     argv = ["neurons", "--model", str(tmp_path / "hf"), "--data", str(tmp_path)]
-    assert launch.main([*argv, "--max_eval_samples", "4", "--device", "cpu"]) == 0
+    assert evaluate_cli.main([*argv, "--max_eval_samples", "4", "--device", "cpu"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["task"], result["facts"], result["relations"]) == ("neurons", 4, 2)
     backbone, tokenizer = load_tiny(tmp_path / "hf")
