@@ -209,8 +209,10 @@ def main(argv: list[str] | None = None) -> int:
             print(plan(argv[1], argv[2:]))
         else:
             deadline = _Deadline(host)
-            check(Path(argv[1]), argv[2:], deadline.begin)
-            deadline.end()
+            try:
+                check(Path(argv[1]), argv[2:], deadline.begin)
+            finally:
+                deadline.end()
     except NodeError as error:
         return report(error, f"node {host}")
     except (TrelmError, OSError) as error:

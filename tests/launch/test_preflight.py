@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from tiny_corpus import write_tiny_corpus
@@ -34,6 +35,8 @@ def refused(capsys, folder, flags) -> str:
     assert preflight.main(["check", str(folder), *flags]) == EXIT_BAD_NODE
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)  # one left would end this process
     return lines[0]
 
 
