@@ -75,6 +75,17 @@ class LineParser(argparse.ArgumentParser):
         return flags
 
 
+def add_set_flag(parser: argparse.ArgumentParser, scope: str) -> None:
+    """``--set SECTION.KEY=VALUE``, any number of times; ``scope`` is what --help adds."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help=f"any configuration key, {scope}; {KEY_LISTS}",
+    )
+
+
 def add_config_flags(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
     """A flag for every key of ``FLAG_SECTIONS`` by its bare name, but those in ``leave_out``."""
     preset = read_preset(Config.method)
@@ -142,13 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"preset: {', '.join(preset_names())}; default {Config.method}",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help=f"any configuration key; repeatable, strongest; {KEY_LISTS}",
-    )
+    add_set_flag(parser, "repeatable, strongest")
     parser.add_argument(
         "--dry_run",
         action="store_true",

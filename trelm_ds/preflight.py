@@ -57,7 +57,9 @@ def plan(default_folder: str, argv: list[str]) -> Path:
     """
     config, _ = parse_arguments(argv)
     folder = Path(config.train.output_dir or default_folder)
-    expected = {"id": uuid.uuid4().hex, **_software(), **_data(config)}
+    expected = {"id": uuid.uuid4().hex, **_software()}
+    if manifest := _manifest(config):
+        expected["dataset_id"] = manifest["dataset_id"]
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / PLAN, json.dumps(expected, indent=1) + "\n")
     return folder
@@ -80,7 +82,7 @@ def check(folder: Path, argv: list[str], begin: Callable[[str], None]) -> None:
         f"the run's folder {folder}": lambda: expected.update(_shared_folder(folder)),
         "the software": lambda: _compare(_software(), expected),
         "MASTER_ADDR": _rendezvous,
-        "the data": lambda: (_compare(_data(config), expected), _shards(config)),
+        "the data": lambda: _check_data(config, expected),
         "shared memory": _shared_memory,
         "the GPUs": lambda: _gpus(os.environ.get("SLURM_GPUS_ON_NODE")),
     }
@@ -117,12 +119,11 @@ def _software() -> dict:
     return found
 
 
-def _data(config: Config) -> dict:
+def _manifest(config: Config) -> dict | None:
+    """Of the data that the run names; the embedded corpus is written by the run itself."""
     from trelm_ds.data.shards import load_manifest
 
-    if config.data.data_dir is None:
-        return {}
-    return {"dataset_id": load_manifest(config.data.data_dir)["dataset_id"]}
+    return None if config.data.data_dir is None else load_manifest(config.data.data_dir)
 
 
 def _compare(mine: dict, expected: dict) -> None:
@@ -131,16 +132,17 @@ def _compare(mine: dict, expected: dict) -> None:
             raise NodeError(f"{name} {value} here, {expected[name]} on the job's first node")
 
 
-def _shards(config: Config) -> None:
-    """That every shard is there in its full length; contents are checked as they are read."""
-    from trelm_ds.data.shards import SHARD_FOLDER, load_manifest
+def _check_data(config: Config, expected: dict) -> None:
+    """That it is the first node's, and every shard is there in its full length; contents are
+    checked as they are read."""
+    from trelm_ds.data.shards import SHARD_FOLDER
 
-    if config.data.data_dir is None:
+    if (manifest := _manifest(config)) is None:
         return
-    folder = Path(config.data.data_dir)
-    for split in load_manifest(folder)["splits"].values():
+    _compare({"dataset_id": manifest["dataset_id"]}, expected)
+    for split in manifest["splits"].values():
         for shard in split["shards"]:
-            path = folder / SHARD_FOLDER / shard["name"]
+            path = Path(config.data.data_dir) / SHARD_FOLDER / shard["name"]
             if (size := path.stat().st_size) != shard["bytes"]:
                 raise NodeError(f"{path} has {size} bytes, the manifest says {shard['bytes']}")
 

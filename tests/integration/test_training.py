@@ -285,7 +285,6 @@ def one_sided(micro_batches, rank) -> list:
             mlm_mention=torch.full_like(batch.mlm_mention, -1),
             mlm_mention_group=torch.full_like(batch.mlm_mention_group, -1),
             mlm_mention_given=batch.mlm_mention_given[:0],
-            num_mlm_mentions=0,
             **{name: getattr(batch, name)[:0] for name in names},
         )
         for batch in micro_batches

@@ -152,7 +152,6 @@ def make_batch(lengths=(14, 9, 20), mentions=None, decode=None, text_length=0, s
         negatives=tensor(rng.integers(5, VOCAB, 9)),
         **make_candidates(decode),
         num_tokens=sum(lengths),
-        num_mlm_mentions=0,
         **{k: v if isinstance(v, int) else torch.from_numpy(v) for k, v in host.items()},
     )
 

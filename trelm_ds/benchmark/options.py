@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from trelm_ds.arguments import KEY_LISTS, add_config_flags, given_settings
+from trelm_ds.arguments import add_config_flags, add_set_flag, given_settings
 from trelm_ds.benchmark.arms import Arm, load_table
 from trelm_ds.benchmark.results import require_positive
 from trelm_ds.benchmark.study import SELECT_BY, Budget, Race, Start, Study
@@ -69,13 +69,7 @@ def add_study_arguments(parser: argparse.ArgumentParser, learning_rates: Sequenc
     )
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, each on own cores")
     parser.add_argument("--deepspeed", type=Path, metavar="JSON", help="of every run")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help=f"any configuration key, for every arm; {KEY_LISTS}",
-    )
+    add_set_flag(parser, "for every arm")
     parser.add_argument("--keep_checkpoints", action="store_true", help="of finished runs")
     parser.add_argument(
         "--plan",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from trelm_ds.arguments import KEY_LISTS, add_config_flags, given_settings
+from trelm_ds.arguments import add_config_flags, add_set_flag, given_settings
 from trelm_ds.benchmark import runner
 from trelm_ds.benchmark.processes import run_on_ranks
 from trelm_ds.benchmark.results import require_folder, require_positive, write_json, write_result
@@ -51,13 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=40, help="of every run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--json", type=Path, help="file for the result")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help=f"any configuration key; {KEY_LISTS}",
-    )
+    add_set_flag(parser, "for every run")
     add_config_flags(parser, OWN)
 
 

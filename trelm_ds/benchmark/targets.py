@@ -171,6 +171,11 @@ def full_runs(results: Sequence[dict]) -> list[dict]:
     return [r for r in results if r["budget"] == largest and r["ends_best"]]
 
 
+def _references(results: Sequence[dict]) -> dict[tuple[str, int], dict]:
+    """(arm, seed) -> the run that sets its targets; none where that diverged at every rate."""
+    return {(run["arm"], run["seed"]): run for run in full_runs(results)}
+
+
 def _by_run(results: Sequence[dict]) -> dict[tuple[str, int], list[dict]]:
     """(arm, seed) -> its runs: the largest budget first, and of that the rate that ends best."""
     found: dict[tuple[str, int], list[dict]] = {}
@@ -207,7 +212,7 @@ def convergence_rows(
         are None.
     """
     runs = _by_run(results)
-    references = {(run["arm"], run["seed"]): run for run in full_runs(results)}
+    references = _references(results)
     wanted = [(metric, [metric]) for metric in metrics]
     wanted += [(joint(m), [m, METRICS[0]]) for m in metrics if m.higher_is_better]
     rows = []
@@ -428,7 +433,7 @@ def equal_time_rows(
         there had part of its decay ahead of it).
     """
     runs = _by_run(results)
-    references = {(run["arm"], run["seed"]): run for run in full_runs(results)}
+    references = _references(results)
     rows = []
     sign = -1.0 if select_by == MLM_LOSS else 1.0
 

@@ -66,7 +66,6 @@ class Batch:
         entity_gold: int64 [D] the candidate that is decode_other.
         entity_hits: int64 [H] flat into D * C: other right answers, which are no negatives.
         num_tokens: real tokens.
-        num_mlm_mentions: G, mentions masked whole.
         decoded_width: tokens of the longest mention in ``decode_mention``; at least 1.
         window_tokens: tokens of all mentions' windows (Eq. 4).
         text_tokens: ones of ``text_mask``.
@@ -106,10 +105,14 @@ class Batch:
     entity_gold: torch.Tensor
     entity_hits: torch.Tensor
     num_tokens: int
-    num_mlm_mentions: int
     decoded_width: int
     window_tokens: int
     text_tokens: int
+
+    @property
+    def num_mlm_mentions(self) -> int:
+        """G, mentions masked whole."""
+        return len(self.mlm_mention_given)
 
     @classmethod
     def from_numpy(cls, arrays: dict[str, np.ndarray | int]) -> Batch:
@@ -273,7 +276,6 @@ class Collator:
             "negatives": negatives,
             **no_candidates(),
             "num_tokens": int(lengths.sum()),
-            "num_mlm_mentions": len(masked_keys),
             "window_tokens": window_tokens(spans, lengths, self._half_window),
         }
 
