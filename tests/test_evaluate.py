@@ -252,8 +252,9 @@ def test_byte_level_answers_depend_on_the_space_before_them(tmp_path):
 
 
 def _heldout(data, rank=0, world_size=1):
+    from trelm_ds.data.graph import KnowledgeGraph
     from trelm_ds.data.loader import heldout_batches
-    from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+    from trelm_ds.data.tables import KnowledgeTables
 
     tables, graph = KnowledgeTables.load(data), KnowledgeGraph.load(data)
     return heldout_batches(_config(), data, rank, world_size, graph, tables)

@@ -10,10 +10,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from trelm_ds import export, export_cli
 from trelm_ds.config import load_config
+from trelm_ds.data.graph import KnowledgeGraph
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.errors import CheckpointError, ConfigError
 from trelm_ds.export import EXTRAS, export_model, last_evaluation
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.model import TrelmModel
 
 SHAPE = {

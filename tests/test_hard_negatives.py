@@ -9,10 +9,11 @@ from entity_names import entity_tokens
 from tiny_corpus import write_tiny_corpus
 
 from trelm_ds.config import build_config
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.loader import StepLoader
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.distributed import World
 from trelm_ds.hard_negatives import HardNegatives
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.memory.index import write_table
 
 

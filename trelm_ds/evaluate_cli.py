@@ -148,12 +148,13 @@ def score_neurons(args, model, tokenizer, device) -> dict:
 
 def score_heldout(args, model, tokenizer, device) -> dict:
     from trelm_ds.config import load_config
+    from trelm_ds.data.graph import KnowledgeGraph
     from trelm_ds.data.loader import heldout_batches
     from trelm_ds.data.shards import load_manifest
+    from trelm_ds.data.tables import KnowledgeTables
     from trelm_ds.data.tokenizer import load_tokenizer
     from trelm_ds.errors import DataError
     from trelm_ds.evaluate import heldout_mlm_loss
-    from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
     from trelm_ds.model import max_positions
 
     manifest = load_manifest(args.data)

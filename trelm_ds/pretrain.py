@@ -222,9 +222,10 @@ def _dry_run(config: Config, ds_config: dict, world: World) -> None:
     """Builds the model on this host only to count it, and prints what would run."""
     if not world.is_main:
         return
+    from trelm_ds.data.graph import KnowledgeGraph
     from trelm_ds.data.shards import load_manifest
+    from trelm_ds.data.tables import KnowledgeTables
     from trelm_ds.dry_run import describe_run
-    from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
     from trelm_ds.model import TrelmModel
 
     data = data_folder(config.data.data_dir, only_look=True)

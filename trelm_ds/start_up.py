@@ -6,11 +6,12 @@ import logging
 from pathlib import Path
 
 from trelm_ds.config import Config
+from trelm_ds.data.entity_samples import EntitySamples, index_entity_samples, is_indexed
+from trelm_ds.data.graph import graph_digest
+from trelm_ds.data.tables import tables_digest
 from trelm_ds.data.tokenizer import tokenizer_digest
 from trelm_ds.distributed import first_problem, gather_objects
 from trelm_ds.errors import DataError
-from trelm_ds.knowledge.entity_samples import EntitySamples, index_entity_samples, is_indexed
-from trelm_ds.knowledge.graph import graph_digest, tables_digest
 
 logger = logging.getLogger(__name__)
 

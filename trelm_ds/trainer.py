@@ -29,8 +29,10 @@ from trelm_ds.checkpoint import (
 )
 from trelm_ds.compact_gradients import CompactGradients
 from trelm_ds.config import Config
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.loader import StepLoader, heldout_batches
 from trelm_ds.data.shards import load_manifest
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.data.weights import WeightTables
 from trelm_ds.distributed import (
     World,
@@ -46,7 +48,6 @@ from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
 from trelm_ds.export import export_model, last_evaluation
 from trelm_ds.hard_negatives import HardNegatives
 from trelm_ds.interval import Interval
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.knowledge_sampling import KnowledgeSampling
 from trelm_ds.memory.bank import MemoryBank
 from trelm_ds.memory.budget import mentions_per_step, require_memory

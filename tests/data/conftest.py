@@ -4,7 +4,8 @@ import pytest
 from tiny_corpus import TinyCorpus, write_tiny_corpus
 
 from trelm_ds.config import Config, build_config
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+from trelm_ds.data.graph import KnowledgeGraph
+from trelm_ds.data.tables import KnowledgeTables
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,13 @@ import pytest
 import torch
 from tiny_corpus import CLS, SEP, damage
 
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.loader import StepLoader, heldout_batches
 from trelm_ds.data.order import stream_position
 from trelm_ds.data.shards import write_manifest
 from trelm_ds.data.special import SpecialTokens
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.errors import ConfigError, DataError
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 
 BUSY = {
     "injection__probability": 0.6,

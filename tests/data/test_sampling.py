@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from tiny_corpus import write_tiny_corpus
 
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.sampling import MentionSampler
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.errors import DataError
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 
 
 def selected_by_loop(sample, config, tables, num_entities) -> list[int]:

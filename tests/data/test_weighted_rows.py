@@ -13,10 +13,10 @@ from tiny_corpus import write_tiny_corpus
 
 from trelm_ds.data import rng
 from trelm_ds.data.entity_first import EntityFirst
+from trelm_ds.data.entity_samples import EntitySamples, index_entity_samples
 from trelm_ds.data.order import divide_stream, stream_position
 from trelm_ds.data.weights import WeightTables, weighted_draw
 from trelm_ds.errors import ConfigError, DataError
-from trelm_ds.knowledge.entity_samples import EntitySamples, index_entity_samples
 
 STATE = {"sampling__form": "knowledge_state", "sampling__refresh_steps": 4}
 
@@ -113,7 +113,7 @@ def test_an_index_that_the_disk_has_no_room_for_is_an_error_and_leaves_nothing(
         asked.append((start, size, os.fstat(file).st_size))
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("trelm_ds.knowledge.entity_samples.os.posix_fallocate", full_disk)
+    monkeypatch.setattr("trelm_ds.data.entity_samples.os.posix_fallocate", full_disk)
     with pytest.raises(OSError, match="No space left"):
         index_entity_samples(tmp_path)
     [(start, size, whole)] = asked

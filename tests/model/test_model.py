@@ -527,8 +527,9 @@ def test_parameter_counts():
 def test_build_and_train_one_real_batch(tmp_path):
     from tiny_corpus import write_tiny_corpus
 
+    from trelm_ds.data.graph import KnowledgeGraph
     from trelm_ds.data.loader import StepLoader
-    from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+    from trelm_ds.data.tables import KnowledgeTables
 
     corpus = write_tiny_corpus(tmp_path)
     graph, tables = KnowledgeGraph.load(tmp_path), KnowledgeTables.load(tmp_path)

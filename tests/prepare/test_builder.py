@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from prepare.corpora import CITIES, COUNTRIES, own_corpus, write_lines, write_own_graph
 
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.shards import ShardReader, load_manifest
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.errors import DataError
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.prepare import builder
 from trelm_ds.prepare.builder import BuildOptions, build
 from trelm_ds.prepare.cli import prepare

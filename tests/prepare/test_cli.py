@@ -88,7 +88,7 @@ def test_score_step_writes_the_importance_of_entity_spans(prepared, capsys):
     assert code == 0, err
     import numpy as np
 
-    from trelm_ds.knowledge.graph import KnowledgeTables
+    from trelm_ds.data.tables import KnowledgeTables
 
     importance = KnowledgeTables.load(prepared).importance
     assert (importance >= 1).all() and (importance > 1).sum() == 108  # entity spans alone

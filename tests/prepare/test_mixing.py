@@ -5,10 +5,10 @@ import json
 import pytest
 from prepare.corpora import trex_fact, write_lines, write_trex
 
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.shards import ShardReader, load_manifest
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.errors import ConfigError
-from trelm_ds.knowledge.graph import KnowledgeGraph
 from trelm_ds.prepare.cli import prepare
 from trelm_ds.prepare.jsonl import read_jsonl
 from trelm_ds.prepare.mixing import mix

@@ -7,9 +7,9 @@ import unicodedata
 import numpy as np
 import pytest
 
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.shards import ShardReader, load_manifest
 from trelm_ds.data.tokenizer import load_tokenizer
-from trelm_ds.knowledge.graph import KnowledgeGraph
 from trelm_ds.prepare.cli import prepare
 from trelm_ds.prepare.ernie import read_ernie
 from trelm_ds.prepare.reader import ReaderOptions

@@ -28,12 +28,13 @@ import numpy as np
 from trelm_ds.benchmark.processes import in_own_process
 from trelm_ds.benchmark.results import require_folder, require_positive, write_result
 from trelm_ds.config import Config, load_config
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.loader import StepLoader
 from trelm_ds.data.order import stream_position
 from trelm_ds.data.schema import decode_sample, encode_sample
 from trelm_ds.data.shards import ShardReader, load_manifest, sample_limits
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.metrics import peak_resident_gib
 from trelm_ds.pretrain import data_folder
 from trelm_ds.stopping import StopRequest

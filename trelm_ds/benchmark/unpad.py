@@ -15,9 +15,10 @@ import torch
 
 from trelm_ds.benchmark.results import require_folder, timing_rows, write_result
 from trelm_ds.config import build_config
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.loader import StepLoader
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.errors import EXIT_STOPPED, TrelmError
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.model import Normalizers, TrelmModel
 
 logger = logging.getLogger(__name__)

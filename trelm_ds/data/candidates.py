@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from trelm_ds.config import Config
 from trelm_ds.data import rng
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.negatives import NegativeSampler, answer_distribution, entity_distribution
-
-if TYPE_CHECKING:  # a floor above: only the names, for the reader
-    from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+from trelm_ds.data.tables import KnowledgeTables
 
 
 def no_candidates() -> dict[str, np.ndarray]:

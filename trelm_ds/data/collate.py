@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +13,7 @@ from trelm_ds.data.host_sizes import distinct_texts, mention_tokens, window_toke
 from trelm_ds.data.sampling import SampledMentions
 from trelm_ds.data.schema import ROLE_NONE
 from trelm_ds.data.special import SpecialTokens
-
-if TYPE_CHECKING:  # a floor above: only the names, for the reader
-    from trelm_ds.knowledge.graph import KnowledgeTables
+from trelm_ds.data.tables import KnowledgeTables
 
 
 @dataclass

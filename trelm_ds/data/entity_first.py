@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from trelm_ds.data import rng
+from trelm_ds.data.entity_samples import EntitySamples
 from trelm_ds.data.weights import weighted_draw
-
-if TYPE_CHECKING:  # a floor above: only the name, for the reader
-    from trelm_ds.knowledge.entity_samples import EntitySamples
 
 
 class EntityFirst:

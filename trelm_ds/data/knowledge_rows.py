@@ -9,19 +9,16 @@ words can give the answer away. Withheld facts are not among the training triple
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from trelm_ds.data import rng
 from trelm_ds.data.collate import Example
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.sampling import no_mentions
 from trelm_ds.data.special import SpecialTokens
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.data.weights import weighted_draw
 from trelm_ds.errors import DataError
-
-if TYPE_CHECKING:  # a floor above: only the names, for the reader
-    from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 
 _ROUNDS = 8  # of candidates for a further triple of a row
 _CHUNK = 1 << 20  # triples looked at together

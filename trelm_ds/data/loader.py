@@ -19,7 +19,6 @@ import signal
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +29,8 @@ from trelm_ds.data import rng
 from trelm_ds.data.candidates import EntityCandidates
 from trelm_ds.data.collate import Batch, Collator, Example
 from trelm_ds.data.entity_first import EntityFirst
+from trelm_ds.data.entity_samples import EntitySamples
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.knowledge_rows import KnowledgeRows
 from trelm_ds.data.masking import Masker
 from trelm_ds.data.negatives import NegativeSampler, negative_distribution
@@ -37,12 +38,9 @@ from trelm_ds.data.order import Permutation, divide_stream, stream_position
 from trelm_ds.data.sampling import MentionSampler, no_mentions
 from trelm_ds.data.shards import DamagedSample, ShardReader, load_manifest
 from trelm_ds.data.special import SpecialTokens
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.data.weights import WeightTables
 from trelm_ds.errors import ConfigError, DataError
-
-if TYPE_CHECKING:  # a floor above: only the names, for the reader
-    from trelm_ds.knowledge.entity_samples import EntitySamples
-    from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 
 _HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # the training process acts on these
 _PREFETCHED_MICRO_BATCHES = 4  # per loader process

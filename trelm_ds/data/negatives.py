@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from trelm_ds.data import rng
+from trelm_ds.data.graph import KnowledgeGraph
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.errors import DataError
-
-if TYPE_CHECKING:  # a floor above: only the names, for the reader
-    from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 
 
 def negative_distribution(

@@ -12,18 +12,15 @@ number, epoch), so every method sees the same triple at the same place.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trelm_ds.config import Config
 from trelm_ds.data import rng
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.schema import ROLE_NONE, ROLE_TAIL, Sample
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.errors import DataError
-
-if TYPE_CHECKING:  # a floor above: only the names, for the reader
-    from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
-
 
 _LOOK_AHEAD = 8  # triples looked at for one with another answer
 

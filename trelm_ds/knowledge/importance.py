@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from trelm_ds.data.shards import ShardReader, load_manifest
+from trelm_ds.data.table_files import load_array, save_array
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.distributed import ALONE, World, gather_objects, together
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.evaluation_mode import evaluation_mode
 from trelm_ds.files import write_text
-from trelm_ds.knowledge.graph import load_array, save_array
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
+from trelm_ds.data.graph import KnowledgeGraph
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.vector_index import inner_product_index
 
 log = logging.getLogger(__name__)

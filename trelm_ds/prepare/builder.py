@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trelm_ds.data.graph import save_graph
 from trelm_ds.data.schema import MAX_DOC_CHARACTERS, MAX_TOKENS, Sample
 from trelm_ds.data.shards import (
     MAX_OPEN_SHARDS,
@@ -27,9 +28,9 @@ from trelm_ds.data.shards import (
     ShardSetWriter,
     write_manifest,
 )
+from trelm_ds.data.tables import NAME_TOKENS, save_tables
 from trelm_ds.data.tokenizer import tokenizer_digest
 from trelm_ds.errors import ConfigError, DataError
-from trelm_ds.knowledge.graph import NAME_TOKENS, save_graph, save_tables
 from trelm_ds.knowledge.transe import train_transe
 from trelm_ds.prepare.encode import (
     MIN_WINDOW_TOKENS,

@@ -321,14 +321,15 @@ def _score(args: argparse.Namespace) -> str | None:
 
 
 def _index(args: argparse.Namespace) -> str:
-    from trelm_ds.knowledge.entity_samples import index_entity_samples
+    from trelm_ds.data.entity_samples import index_entity_samples
 
     pairs = index_entity_samples(args.output)
     return f"{args.output}: indexed {pairs} pairs of entity and training sample"
 
 
 def _embed(args: argparse.Namespace) -> str:
-    from trelm_ds.knowledge.graph import KnowledgeGraph, save_tables
+    from trelm_ds.data.graph import KnowledgeGraph
+    from trelm_ds.data.tables import save_tables
     from trelm_ds.knowledge.transe import train_transe
 
     BuildOptions(dim=args.dim, epochs=args.epochs)  # checks both

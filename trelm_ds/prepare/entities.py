@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from trelm_ds.data.tables import TWO_HOP_CAP
 from trelm_ds.errors import DataError
-from trelm_ds.knowledge.graph import TWO_HOP_CAP
 from trelm_ds.prepare.files import is_wikidata_id
 from trelm_ds.prepare.raw import RawEntity, RawGraph, RawProbe
 

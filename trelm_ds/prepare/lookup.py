@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 from trelm_ds.arguments import LineParser
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.schema import ROLE_HEAD
 from trelm_ds.data.shards import load_manifest
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.errors import EXIT_DONE, ConfigError, TrelmError, report
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.knowledge.linker import MAX_MENTION_WORDS, EntityLinker
 
 

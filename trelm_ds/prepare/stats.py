@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.shards import ShardReader
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.errors import DataError
 from trelm_ds.files import whole_file, write_text
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables
 from trelm_ds.prepare.files import iter_jsonl
 
 

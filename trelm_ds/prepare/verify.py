@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from trelm_ds.data.graph import KnowledgeGraph, graph_digest
 from trelm_ds.data.shards import ShardReader, load_manifest
+from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.data.tokenizer import load_tokenizer, tokenizer_digest
 from trelm_ds.errors import DataError
-from trelm_ds.knowledge.graph import KnowledgeGraph, KnowledgeTables, graph_digest
 from trelm_ds.prepare.files import get, iter_jsonl
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from trelm_ds.data.shards import ShardReader, load_manifest
+from trelm_ds.data.table_files import load_array, save_array
 from trelm_ds.errors import DataError
 from trelm_ds.files import own_suffix, write_text
-from trelm_ds.knowledge.graph import load_array, save_array
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,10 @@ import numpy as np
 import pytest
 from tiny_corpus import write_tiny_corpus
 
+from trelm_ds.data.graph import KnowledgeGraph, graph_digest, save_graph
+from trelm_ds.data.table_files import load_array, save_array
+from trelm_ds.data.tables import KnowledgeTables, save_tables
 from trelm_ds.errors import DataError
-from trelm_ds.knowledge.graph import (
-    KnowledgeGraph,
-    KnowledgeTables,
-    graph_digest,
-    load_array,
-    save_array,
-    save_graph,
-    save_tables,
-)
 
 INDICES = ("codes", "head_offsets", "tail_order", "tail_offsets")
 

@@ -1,122 +1,31 @@
-"""The knowledge graph of a prepared folder and the per-entity tables beside it.
+"""The knowledge graph of a prepared folder.
 
-Both are read-only views of files (``graph/``, ``tables/``): arrays are memory-mapped, so the
-processes of a machine share one copy, and both objects travel to loader processes as a path. The
-triples' indices are files too (``graph/index_*.npy``, 12 bytes a triple and 16 an entity): with a
-folder from before they were written each process makes and holds its own.
+A read-only view of the files in ``graph/``: arrays are memory-mapped, so the processes of a machine
+share one copy, and the object travels to loader processes as a path. The triples' indices are files
+too (``graph/index_*.npy``, 12 bytes a triple and 16 an entity): with a folder from before they were
+written each process makes and holds its own.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from trelm_ds.data.schema import ROLE_HEAD, ROLE_TAIL
-from trelm_ds.data.shards import load_manifest
-from trelm_ds.errors import DataError, one_line
-from trelm_ds.files import file_sha256, whole_file
-
-NAME_TOKENS = 8  # columns of entity_names and relation_names
-TWO_HOP_CAP = 1000
-_NPY_MAGIC = b"\x93NUMPY"
-
-
-def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
-    """Memory-maps an ``.npy`` file after checking what it holds.
-
-    Args:
-        path: the file.
-        dtype: the dtype it must have.
-        shape: the shape it must have; None leaves a dimension open.
-    Raises:
-        DataError: missing, not an array file, pickled, or of another dtype or shape.
-    """
-    try:
-        with open(path, "rb") as file:
-            if file.read(len(_NPY_MAGIC)) != _NPY_MAGIC:  # np.load opens archives and pickles too
-                raise ValueError("it does not begin like one")
-        # Mapped however small: a read allocates what the header says, whatever the file holds.
-        with np.errstate(over="ignore"):
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: not found") from None
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
-    # The header is parsed as Python and its shape not checked: errors of any kind are possible.
-    except Exception as error:
-        raise DataError(f"{path}: not a readable .npy array: {one_line(error)}") from None
-    fits = len(array.shape) == len(shape) and all(
-        want is None or have == want for have, want in zip(array.shape, shape, strict=True)
-    )
-    if array.dtype != np.dtype(dtype) or not fits:
-        raise DataError(
-            f"{path}: {array.dtype} {list(array.shape)}, expected {dtype} "
-            f"{['*' if want is None else want for want in shape]}".replace("'", "")
-        )
-    array = np.asarray(array)  # a plain view of the map: np.memmap's own indexing is slow
-    array.flags.writeable = False
-    return array
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Writes an ``.npy`` file under a temporary name and moves it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.ascontiguousarray(array), allow_pickle=False)
-
-
-def save_rows(path: Path, rows: Iterable[Sequence]) -> None:
-    """Writes tab-separated rows; white space inside a value becomes single spaces."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        for row in rows:
-            line = "\t".join(" ".join(str(value).split()) for value in row)
-            file.write(line.encode("utf-8") + b"\n")
-
-
-def load_rows(path: Path, columns: int) -> list[list[str]]:
-    """Reads tab-separated rows of exactly ``columns`` values.
-
-    Raises:
-        DataError: missing, not UTF-8, or a line with another number of values.
-    """
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            rows = [line.rstrip("\n").split("\t") for line in file]
-    except FileNotFoundError:
-        raise DataError(f"{path}: not found") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    for number, row in enumerate(rows, 1):
-        if len(row) != columns:
-            raise DataError(f"{path}: line {number} has {len(row)} values, not {columns}")
-    return rows
-
-
-def _number(text: str) -> int | None:
-    """The number a text is in decimal digits; None: no number, or one beyond any index or count."""
-    return int(text) if text.isdecimal() and len(text) <= 18 else None
-
-
-def _load_numbered_rows(path: Path, columns: int) -> list[list[str]]:
-    rows = load_rows(path, columns)
-    for number, row in enumerate(rows):
-        if row[0] != str(number):
-            raise DataError(f"{path}: line {number + 1} has index {row[0]!r}, not {number}")
-    return rows
-
-
-def _count_lines(path: Path) -> int:
-    try:
-        with open(path, "rb") as file:
-            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-    except FileNotFoundError:
-        raise DataError(f"{path}: not found") from None
+from trelm_ds.data.table_files import (
+    count_lines,
+    load_array,
+    load_numbered_rows,
+    load_rows,
+    parse_count,
+    save_array,
+    save_rows,
+)
+from trelm_ds.errors import DataError
 
 
 def _check_triples(triples: np.ndarray, entities: int, relations: int, where: object) -> None:
@@ -206,15 +115,15 @@ class KnowledgeGraph:
             DataError: naming the file that is missing or inconsistent.
         """
         path = Path(folder) / "graph"
-        entities, relations = (_count_lines(path / f"{k}.tsv") for k in ("entities", "relations"))
+        entities, relations = (count_lines(path / f"{k}.tsv") for k in ("entities", "relations"))
         graph = cls(folder, entities, relations)
         for name in ("triples", "withheld"):
             _check_triples(getattr(graph, name), entities, relations, path / f"{name}.npy")
         codes = _triple_codes(graph.triples, entities, relations)
         if (codes[1:] <= codes[:-1]).any():
             raise DataError(f"{path / 'triples.npy'}: triples are not sorted and unique")
-        del codes  # of the size of the graph
-        graph._check_indices()
+        graph._check_indices(codes)
+        del codes  # of the size of the graph, and private to this process
         if graph.contains(*graph.withheld.T).any():
             raise DataError(f"{path / 'withheld.npy'}: a withheld fact is a training triple")
         return graph
@@ -227,7 +136,8 @@ class KnowledgeGraph:
         file = self._index_file(name)
         return load_array(file, dtype, (None,)) if file.exists() else make(self)
 
-    def _check_indices(self) -> None:
+    def _check_indices(self, codes: np.ndarray) -> None:
+        """Refuses index files that are not of these triples, whose ``codes`` are given."""
         for name, (_, make) in _INDICES.items():
             file = self._index_file(name)
             if not file.exists():
@@ -236,7 +146,7 @@ class KnowledgeGraph:
             if name == "tail_order":
                 fits = _is_tail_order(index, self.triples)
             else:  # made without sorting, so quickly
-                fits = np.array_equal(index, make(self))
+                fits = np.array_equal(index, codes if name == "codes" else make(self))
             if not fits:
                 raise DataError(f"{file}: not of these triples; without the file it is made anew")
 
@@ -320,11 +230,11 @@ class KnowledgeGraph:
 
     @cached_property
     def _entity_rows(self) -> list[list[str]]:
-        return _load_numbered_rows(self.folder / "graph" / "entities.tsv", 4)
+        return load_numbered_rows(self.folder / "graph" / "entities.tsv", 4)
 
     @cached_property
     def _relation_rows(self) -> list[list[str]]:
-        return _load_numbered_rows(self.folder / "graph" / "relations.tsv", 3)
+        return load_numbered_rows(self.folder / "graph" / "relations.tsv", 3)
 
     @cached_property
     def entity_ids(self) -> list[str]:
@@ -352,7 +262,7 @@ class KnowledgeGraph:
         path = self.folder / "graph" / "aliases.tsv"
         pairs = []
         for number, (alias, text) in enumerate(load_rows(path, 2), 1):
-            entity = _number(text)
+            entity = parse_count(text)
             if entity is None or entity >= self.num_entities:
                 raise DataError(f"{path}: line {number}: entity index {text[:40]!r}")
             pairs.append((alias, entity))
@@ -437,7 +347,7 @@ def save_graph(
     save_rows(path / "entities.tsv", ((i, *row) for i, row in enumerate(entities)))
     save_rows(path / "relations.tsv", ((i, *row) for i, row in enumerate(relations)))
     save_rows(path / "aliases.tsv", aliases)
-    counts = [_count_lines(path / f"{name}.tsv") for name in ("entities", "relations")]
+    counts = [count_lines(path / f"{name}.tsv") for name in ("entities", "relations")]
     for name, rows in (("triples", triples), ("withheld", withheld)):
         rows = np.asarray(rows).reshape(-1, 3)
         _check_triples(rows, *counts, path / f"{name}.npy")
@@ -463,134 +373,3 @@ def graph_digest(folder: str | Path) -> str:
     for name in ("entities.tsv", "relations.tsv", "triples.npy"):
         digest.update((Path(folder) / "graph" / name).read_bytes())
     return digest.hexdigest()
-
-
-# Name: (dtype, shape); N entities, R relations, V vocabulary, S spans of the train split.
-_TABLES = {
-    "entity_embeddings": ("float32", ("N+1", None)),
-    "relation_embeddings": ("float32", ("R+1", None)),
-    "entity_frequency": ("int64", ("N",)),
-    "token_frequency": ("int64", ("V",)),
-    "importance": ("float32", ("S",)),
-    "entity_names": ("int32", ("N", NAME_TOKENS)),
-    "relation_names": ("int32", ("R", NAME_TOKENS)),
-    "two_hop": ("int32", ("N",)),
-}
-
-
-def tables_digest(folder: str | Path) -> str:
-    """sha256 over what ``KnowledgeTables`` reads: vectors and scores may be made anew later."""
-    digest = hashlib.sha256()
-    for name in (*(f"{table}.npy" for table in _TABLES), "long_tail_words.tsv"):
-        path = Path(folder) / "tables" / name
-        digest.update(f"{name} {file_sha256(path) if path.exists() else None}\n".encode())
-    return digest.hexdigest()
-
-
-class KnowledgeTables:
-    """The arrays of ``tables/``, memory-mapped; make it with ``load``.
-
-    Attributes:
-        entity_embeddings: float32 [N+1, dim] TransE; row 0 is zero, entity e is row e+1.
-        relation_embeddings: float32 [R+1, dim], likewise.
-        entity_frequency: int64 [N] mentions in the train split.
-        token_frequency: int64 [V] in the train split.
-        importance: float32 [spans of train] SI (Eq. 1); 1 for word spans. None until scored.
-        entity_names: int32 [N, 8] token ids without specials, padded with -1.
-        relation_names: int32 [R, 8], likewise.
-        two_hop: int32 [N] neighbours within two hops, capped at 1000.
-        num_words: long-tail words; their keys follow the entities'.
-    """
-
-    def __init__(self, folder: str | Path, num_words: int):
-        self.folder = Path(folder)
-        self.num_words = num_words
-        for name, (dtype, shape) in _TABLES.items():
-            path = self.folder / "tables" / f"{name}.npy"
-            missing = name == "importance" and not path.exists()
-            setattr(self, name, None if missing else load_array(path, dtype, (None,) * len(shape)))
-
-    def __reduce__(self):
-        return KnowledgeTables, (self.folder, self.num_words)
-
-    @property
-    def num_entities(self) -> int:
-        return len(self.entity_frequency)
-
-    @property
-    def num_keys(self) -> int:
-        """Rows of the memory bank: entities, then long-tail words."""
-        return self.num_entities + self.num_words
-
-    @cached_property
-    def long_tail_words(self) -> list[tuple[str, int]]:
-        """(word, count) in key order."""
-        path = self.folder / "tables" / "long_tail_words.tsv"
-        words = [(word, _number(count)) for _, word, count in _load_numbered_rows(path, 3)]
-        if any(count is None for _, count in words):
-            raise DataError(f"{path}: a count is not a number")
-        return words
-
-    @classmethod
-    def load(cls, folder: str | Path) -> KnowledgeTables:
-        """Opens ``folder/tables`` and checks every array against the manifest.
-
-        Raises:
-            DataError: naming the array that is missing, of another shape, or out of range.
-        """
-        manifest = load_manifest(folder)
-        sizes = {
-            "N": manifest["graph"]["entities"],
-            "N+1": manifest["graph"]["entities"] + 1,
-            "R": manifest["graph"]["relations"],
-            "R+1": manifest["graph"]["relations"] + 1,
-            "V": manifest["tokenizer"]["vocab_size"],
-            "S": manifest["splits"].get("train", {"spans": 0})["spans"],
-            NAME_TOKENS: NAME_TOKENS,
-            None: None,
-        }
-        path = Path(folder) / "tables"
-        tables = cls(folder, manifest["long_tail_words"])
-        for name, (dtype, shape) in _TABLES.items():
-            if getattr(tables, name) is not None:
-                load_array(path / f"{name}.npy", dtype, tuple(sizes[size] for size in shape))
-        if len(tables.long_tail_words) != tables.num_words:
-            raise DataError(f"{path / 'long_tail_words.tsv'}: not {tables.num_words} rows")
-        if tables.entity_embeddings.shape[1] != tables.relation_embeddings.shape[1]:
-            raise DataError(f"{path}: entity and relation embeddings differ in dimension")
-        for name in ("entity_embeddings", "relation_embeddings", "importance"):
-            array = getattr(tables, name)
-            if array is not None and not np.isfinite(array).all():
-                raise DataError(f"{path / f'{name}.npy'}: a value is not finite")
-        for name in ("entity_embeddings", "relation_embeddings"):
-            if getattr(tables, name)[0].any():
-                raise DataError(f"{path / f'{name}.npy'}: row 0 is not zero")
-        for name, low, high in (
-            ("entity_frequency", 0, None),
-            ("token_frequency", 0, None),
-            ("two_hop", 0, TWO_HOP_CAP),
-            ("entity_names", -1, sizes["V"] - 1),
-            ("relation_names", -1, sizes["V"] - 1),
-        ):
-            array = getattr(tables, name)
-            if array.size and (array.min() < low or (high is not None and array.max() > high)):
-                raise DataError(f"{path / f'{name}.npy'}: a value is outside {low}..{high or ''}")
-        return tables
-
-
-def save_tables(
-    folder: str | Path, *, long_tail_words: Iterable[tuple[str, int]] | None = None, **arrays
-) -> None:
-    """Writes any of the tables, each atomically, with the dtype ``load`` expects.
-
-    Args:
-        folder: the prepared data folder.
-        long_tail_words: (word, count) in key order.
-        **arrays: any of ``KnowledgeTables``' arrays by name.
-    """
-    path = Path(folder) / "tables"
-    for name, array in arrays.items():
-        save_array(path / f"{name}.npy", np.asarray(array, dtype=_TABLES[name][0]))
-    if long_tail_words is not None:
-        rows = ((i, word, count) for i, (word, count) in enumerate(long_tail_words))
-        save_rows(path / "long_tail_words.tsv", rows)
