@@ -12,6 +12,7 @@ from tiny_corpus import byte_level_tokenizer, write_tiny_corpus
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from trelm_ds import evaluate_cli
+from trelm_ds.backbone import MaskedLanguageModel, build_backbone, load_pretrained
 from trelm_ds.config import load_config
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.errors import DataError
@@ -25,7 +26,6 @@ from trelm_ds.evaluate import (
     read_probe,
     single_tokens,
 )
-from trelm_ds.model import MaskedLanguageModel, build_backbone, load_pretrained
 
 SHAPE = {
     "model.hidden_size": 16,
@@ -377,6 +377,6 @@ def test_heldout_texts_are_for_models_of_their_vocabulary_and_length(
     file.write_text(swapped.replace('"?"', '"name2"'))
     assert evaluate_cli.main([*argv, str(other)]) == 2
     assert "have different vocabularies" in capsys.readouterr().err
-    monkeypatch.setattr("trelm_ds.model.max_positions", lambda config: 4)
+    monkeypatch.setattr("trelm_ds.backbone.max_positions", lambda config: 4)
     assert evaluate_cli.main([*argv, str(hf_folder)]) == 2
     assert "positions for 4" in capsys.readouterr().err

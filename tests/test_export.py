@@ -87,7 +87,7 @@ def test_round_trip_gives_equal_logits(data, tmp_path, model_type, tied_names):
 
 
 def test_fingerprint_survives_export(data, tmp_path):
-    from trelm_ds.model import MaskedLanguageModel, load_pretrained
+    from trelm_ds.backbone import MaskedLanguageModel, load_pretrained
 
     model = _checkpoint(tmp_path / "step_1", data)
     folder = export_model(model.state_dict(), tmp_path / "step_1", tmp_path / "hf")

@@ -8,12 +8,12 @@ from multiprocess import run_ranks
 from tiny_corpus import PAD, write_tiny_corpus
 
 import trelm_ds.pretrain as pretrain
+from trelm_ds.backbone import MaskedLanguageModel, build_backbone
 from trelm_ds.config import load_config
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.data.table_files import save_array
 from trelm_ds.distributed import World, cpu_group
 from trelm_ds.errors import ConfigError, DataError
-from trelm_ds.model import MaskedLanguageModel, build_backbone
 from trelm_ds.start_up import check_knowledge, ensure_importance
 
 ALONE = World(0, 1, 0, "none")

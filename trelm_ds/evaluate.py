@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
+from trelm_ds.backbone import max_positions
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.distributed import gather_vector
 from trelm_ds.errors import DataError
 from trelm_ds.evaluation_mode import evaluation_mode
 from trelm_ds.losses import mlm_losses
-from trelm_ds.model import max_positions
 from trelm_ds.prepare.files import iter_jsonl, iter_lines
 
 MASK = "[MASK]"  # what probe files write, whatever the tokenizer's mask token

@@ -112,8 +112,8 @@ def run(args: argparse.Namespace) -> dict:
         )
         return named(args) | fine_tune(args.task, args.model, args.data, settings, device)
 
+    from trelm_ds.backbone import MaskedLanguageModel, load_pretrained
     from trelm_ds.data.tokenizer import load_tokenizer
-    from trelm_ds.model import MaskedLanguageModel, load_pretrained
 
     model = MaskedLanguageModel(load_pretrained(args.model)).to(device)
     tokenizer = load_tokenizer(args.model)
@@ -127,8 +127,8 @@ def named(args) -> dict:
 
 def read_facts(args: argparse.Namespace, model, tokenizer):
     """The probe of ``--data``, with questions as long as the model's positions at most."""
+    from trelm_ds.backbone import max_positions
     from trelm_ds.evaluate import read_probe
-    from trelm_ds.model import max_positions
 
     return read_probe(args.data, tokenizer, max_positions(model.backbone.config))
 
@@ -147,6 +147,7 @@ def score_neurons(args, model, tokenizer, device) -> dict:
 
 
 def score_heldout(args, model, tokenizer, device) -> dict:
+    from trelm_ds.backbone import max_positions
     from trelm_ds.config import load_config
     from trelm_ds.data.graph import KnowledgeGraph
     from trelm_ds.data.loader import heldout_batches
@@ -155,7 +156,6 @@ def score_heldout(args, model, tokenizer, device) -> dict:
     from trelm_ds.data.tokenizer import load_tokenizer
     from trelm_ds.errors import DataError
     from trelm_ds.evaluate import heldout_mlm_loss
-    from trelm_ds.model import max_positions
 
     manifest = load_manifest(args.data)
     if load_tokenizer(args.data / "tokenizer").get_vocab() != tokenizer.get_vocab():

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, BertConfig, RobertaConfig
 
+from trelm_ds.backbone import max_positions, no_progress_bar
 from trelm_ds.errors import CheckpointError, ConfigError, one_line
 from trelm_ds.files import fsync, fsync_tree
 from trelm_ds.metrics import read_metrics
-from trelm_ds.model import max_positions, no_progress_bar
 from trelm_ds.routing.ffn import to_hf_state_dict
 
 BACKBONE = "backbone."

@@ -35,7 +35,7 @@ def save_tiny_model(folder, kind="bert", layers=1):
 
 
 def load_tiny(folder):
-    from trelm_ds.model import load_pretrained
+    from trelm_ds.backbone import load_pretrained
 
     return load_pretrained(folder), load_tokenizer(folder)
 

@@ -10,6 +10,7 @@ from downstream.downstream_models import load_tiny, save_tiny_model, write_lines
 from routing.routing_models import tiny_backbone
 
 from trelm_ds import evaluate_cli
+from trelm_ds.backbone import MaskedLanguageModel
 from trelm_ds.downstream.neurons import (
     NODES,
     THRESHOLD,
@@ -18,7 +19,6 @@ from trelm_ds.downstream.neurons import (
     random_like,
 )
 from trelm_ds.evaluate import Probe, ProbeRow, read_probe
-from trelm_ds.model import MaskedLanguageModel
 
 
 def make_rows():

@@ -5,11 +5,12 @@ import types
 import numpy as np
 import torch
 
+from trelm_ds.backbone import build_backbone
 from trelm_ds.config import build_config
 from trelm_ds.data.collate import Batch
 from trelm_ds.data.host_sizes import distinct_texts, mention_tokens, window_tokens
 from trelm_ds.memory.bank import MemoryRows
-from trelm_ds.model import Normalizers, TrelmModel, build_backbone
+from trelm_ds.model import Normalizers, TrelmModel
 
 VOCAB, PAD, CLS, SEP, MASK = 60, 1, 2, 3, 4
 ENTITIES, RELATIONS, DIM = 7, 3, 5

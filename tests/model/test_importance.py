@@ -12,6 +12,7 @@ from model.model_batches import make_config
 from multiprocess import run_ranks
 from tiny_corpus import MASK, PAD, UNK, write_tiny_corpus
 
+from trelm_ds.backbone import MaskedLanguageModel, build_backbone
 from trelm_ds.data.shards import load_manifest, write_manifest
 from trelm_ds.data.table_files import save_array
 from trelm_ds.data.tables import KnowledgeTables
@@ -19,7 +20,6 @@ from trelm_ds.distributed import World, cpu_group
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.knowledge import importance
 from trelm_ds.knowledge.importance import score_importance, score_samples, semantic_importance
-from trelm_ds.model import MaskedLanguageModel, build_backbone
 
 
 def _model(vocab_size, model_type="bert"):

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from model.model_batches import make_batch, make_config, make_model, make_tables
 
+from trelm_ds.backbone import build_backbone
 from trelm_ds.knowledge.injection import KnowledgeInjection, TransETables
-from trelm_ds.model import build_backbone
 
 
 def test_tables_are_frozen_and_offset_by_the_pad_row():

@@ -25,17 +25,10 @@ from model.model_batches import (
 )
 from tiny_corpus import byte_level_tokenizer
 
+from trelm_ds.backbone import build_backbone, encode, load_backbone
 from trelm_ds.config import FROM_SCRATCH, ModelConfig, build_config
 from trelm_ds.errors import ConfigError, DataError
-from trelm_ds.model import (
-    Normalizers,
-    TrelmModel,
-    build_backbone,
-    encode,
-    load_backbone,
-    parameter_groups,
-    span_mean,
-)
+from trelm_ds.model import Normalizers, TrelmModel, parameter_groups, span_mean
 from trelm_ds.output_layer import mlm_head
 
 BOTH = pytest.mark.parametrize("model_type", ["bert", "roberta"])

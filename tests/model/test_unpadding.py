@@ -15,8 +15,8 @@ from model.model_batches import (
 )
 
 from trelm_ds import unpadding
+from trelm_ds.backbone import MaskedLanguageModel, build_backbone, encode
 from trelm_ds.data.collate import Batch
-from trelm_ds.model import MaskedLanguageModel, build_backbone, encode
 from trelm_ds.routing.attribution import integrated_gradients
 from trelm_ds.routing.controller import RoutingController
 from trelm_ds.unpadding import Packing, packed_attention

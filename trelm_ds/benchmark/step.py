@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from trelm_ds.backbone import build_backbone
 from trelm_ds.benchmark.cost_model import step_flops
 from trelm_ds.benchmark.processes import ProcessDied, in_own_process
 from trelm_ds.benchmark.ranks import choose_device, process_group, this_world
@@ -36,7 +37,7 @@ from trelm_ds.data.special import SpecialTokens
 from trelm_ds.distributed import cpu_group, gather_vector, world_size
 from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trelm_ds.metrics import peak_flops, peak_memory_gib, training_flops
-from trelm_ds.model import Normalizers, TrelmModel, build_backbone, parameter_groups
+from trelm_ds.model import Normalizers, TrelmModel, parameter_groups
 from trelm_ds.optim import PathAdamW, RoutedFragment
 from trelm_ds.routing.context import RoutingContext
 from trelm_ds.routing.controller import RoutingController

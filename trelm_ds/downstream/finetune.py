@@ -15,12 +15,12 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from trelm_ds.backbone import max_positions
 from trelm_ds.config import TrainConfig
 from trelm_ds.downstream.examples import Example, Task, encode_examples, spread
 from trelm_ds.downstream.settings import FineTuning
 from trelm_ds.engine import has_bf16
 from trelm_ds.errors import ConfigError, DataError
-from trelm_ds.model import max_positions
 from trelm_ds.schedules import learning_rate
 
 logger = logging.getLogger(__name__)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
+from trelm_ds.backbone import MaskedLanguageModel, encode
 from trelm_ds.downstream.examples import spread
 from trelm_ds.errors import DataError
 from trelm_ds.evaluate import Probe, ProbeRow
 from trelm_ds.evaluation_mode import evaluation_mode
-from trelm_ds.model import MaskedLanguageModel, encode
 from trelm_ds.output_layer import mlm_head
 from trelm_ds.routing.attribution import AttributionProblem, integrated_gradients
 from trelm_ds.routing.context import RoutingContext

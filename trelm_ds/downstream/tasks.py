@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from trelm_ds.backbone import load_pretrained
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.downstream.entity_typing import read_typing
 from trelm_ds.downstream.finetune import finetune
 from trelm_ds.downstream.glue import read_glue
 from trelm_ds.downstream.relations import read_relation
 from trelm_ds.downstream.settings import FineTuning
-from trelm_ds.model import load_pretrained
 
 READERS = {"typing": read_typing, "relation": read_relation, "glue": read_glue}
 

@@ -168,7 +168,7 @@ def score_importance(
 
     Args:
         model: the initial checkpoint: ``last_hidden_states(input_ids, attention_mask)`` and
-            ``fingerprint()``, see ``trelm_ds.model.MaskedLanguageModel``.
+            ``fingerprint()``, see ``trelm_ds.backbone.MaskedLanguageModel``.
         data_dir: the prepared folder, shared by the ranks or a copy on each machine.
         replacement: what a mention's tokens become: unk | mask.
         pooling: sentence vector: mean | first.

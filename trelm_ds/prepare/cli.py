@@ -275,12 +275,12 @@ def _score(args: argparse.Namespace) -> str | None:
     """By this process alone, or by the ranks that ``torchrun`` or ``srun`` has started."""
     import torch
 
+    from trelm_ds.backbone import MaskedLanguageModel, load_backbone
     from trelm_ds.config import build_config
     from trelm_ds.data.tokenizer import load_tokenizer
     from trelm_ds.distributed import cpu_group, get_world
     from trelm_ds.engine import init_distributed, local_device
     from trelm_ds.knowledge.importance import score_importance
-    from trelm_ds.model import MaskedLanguageModel, load_backbone
 
     ReaderOptions(seed=args.seed)  # checks it
     if args.batch_tokens < 1:
