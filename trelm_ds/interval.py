@@ -12,6 +12,7 @@ from trelm_ds.metrics import (
     peak_memory_gib,
     training_flops,
 )
+from trelm_ds.step_plan import StepCounts
 
 
 class Interval:
@@ -26,8 +27,8 @@ class Interval:
         self.reset()
 
     def reset(self) -> None:
-        self.steps = self.tokens = self.masked = self.sequences = 0
-        self.objects = self.entities = 0
+        self.steps = 0
+        self.counts = StepCounts()
         self.seconds = 0.0
         self._losses = torch.zeros(8, device=self._device, dtype=torch.float64)
 
@@ -38,15 +39,21 @@ class Interval:
         self._losses[4:6] += output.entity_sums
         self._losses[6:] += output.mlm_sums
 
+    def end_step(self, counts: StepCounts) -> None:
+        """Counts a step, of all ranks."""
+        self.steps += 1
+        self.counts = self.counts.plus(counts)
+
     def metrics(self, model_config, group) -> dict[str, float]:
         """Means over the interval, all ranks and micro-batches; times are this rank's."""
         table = gather_vector(self._losses.tolist(), group).sum(0)
         loss, mlm, cka = (table[:3] / table[3].clamp(min=1)).tolist()
         times = self.watch.totals()
         seconds = max(self.seconds, 1e-9)
-        self._rate.add(self.tokens, seconds)
-        length = self.tokens / max(1, self.sequences)
-        flops = training_flops(model_config, self.tokens, self.masked, length)
+        counts = self.counts
+        self._rate.add(counts.tokens, seconds)
+        length = counts.tokens / max(1, counts.sequences)
+        flops = training_flops(model_config, counts.tokens, counts.masked, length)
         steps = max(1, self.steps)
         values = {
             "train/loss": loss,
@@ -58,15 +65,15 @@ class Interval:
             "data/wait_fraction": times.get("data", 0.0) / seconds,
             "memory/peak_gib": peak_memory_gib(self._device),
         }
-        if self.entities:
+        if counts.entities:
             values["train/entity_loss"], values["train/entity_accuracy"] = (
-                table[4:6] / self.entities
+                table[4:6] / counts.entities
             ).tolist()
         text, objects = table[6:].tolist()  # zeros unless train.object_loss_share is set
         if text:
-            values["train/mlm_text_loss"] = text / (self.masked - self.objects)
+            values["train/mlm_text_loss"] = text / (counts.masked - counts.objects)
         if objects:
-            values["train/mlm_object_loss"] = objects / self.objects
+            values["train/mlm_object_loss"] = objects / counts.objects
         for phase in ("forward", "backward", "bank", "optimizer"):
             values[f"time/{phase}_s"] = times.get(phase, 0.0) / steps
         if "communication" in times:  # else it is the engine's, inside the backward

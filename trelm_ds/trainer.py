@@ -13,7 +13,6 @@ import logging
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -57,7 +56,7 @@ from trelm_ds.metrics import (
     console_line,
     plot_curves,
 )
-from trelm_ds.model import Normalizers, TrelmModel, parameter_groups
+from trelm_ds.model import TrelmModel, parameter_groups
 from trelm_ds.optim import WHOLE, PathAdamW
 from trelm_ds.routing.controller import (
     ATTRIBUTION_FORMS,
@@ -67,6 +66,7 @@ from trelm_ds.routing.controller import (
 )
 from trelm_ds.schedules import learning_rate, memory_epoch, memory_weight
 from trelm_ds.start_up import check_knowledge, ensure_entity_samples, ensure_importance
+from trelm_ds.step_plan import StepCounts, StepPlan
 from trelm_ds.stopping import StopRequest
 from trelm_ds.zero_layout import clear_gradients, routed_fragments
 
@@ -91,36 +91,6 @@ MAX_FAILED_WRITES = 3  # in a row, of one kind, before the run gives up
 
 class TrainingError(Exception):
     """The run cannot go on (not the user's input): exit code 1, the last checkpoint stands."""
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What every rank knows about a step before it computes: global counts and the schedule.
-
-    Attributes:
-        step: optimizer steps done before this one.
-        progress: share of the run's budget spent, in [0, 1].
-        lr: learning rate.
-        memory_weight: lambda_q of Eq. 8.
-        normalizers: divisors of this rank's loss sums such that DeepSpeed's mean over ranks and
-            micro-batches is the exact mean over the global batch.
-        tokens, masked, sequences: global counts.
-        objects, entities: global counts of masked tokens of whole mentions, and of triples
-            decoded as entities.
-        damaged: samples of the step that an empty sequence replaces, on all ranks.
-    """
-
-    step: int
-    progress: float
-    lr: float
-    memory_weight: float
-    normalizers: Normalizers
-    tokens: int
-    masked: int
-    sequences: int
-    objects: int
-    entities: int
-    damaged: int
 
 
 class Trainer:
@@ -408,8 +378,8 @@ class Trainer:
             ahead, stopped = self._plan(micro_batches)
             if stopped or ahead.progress >= 1.0:
                 break
-            quarantined = self.state.quarantined + ahead.damaged
-            if ahead.damaged and quarantined > self.config.data.max_damaged_samples:
+            quarantined = self.state.quarantined + ahead.counts.damaged
+            if ahead.counts.damaged and quarantined > self.config.data.max_damaged_samples:
                 if self.loader.damaged:  # the ranks that met none hear of it below
                     damage = DataError(f"{self.loader.damaged[0]} (data.max_damaged_samples)")
                 stopped = True
@@ -442,30 +412,18 @@ class Trainer:
 
         A rank without micro-batches cannot go on, and all stop.
         """
-        counts = [batch.counts() for batch in micro_batches]
-        row = [
-            float(sum(c["mlm"] for c in counts)),
-            float(sum(c["objects"] for c in counts)),
-            float(sum(c["cka"] for c in counts)),
-            float(sum(c["entity"] for c in counts)),
-            float(sum(c["tokens"] for c in counts)),
-            float(sum(c["sequences"] for c in counts)),
-            float(len(self.loader.damaged)),
-            float(self.stop.requested or not micro_batches),
-            self.state.clock_s,
-            *self._finite.double().tolist(),
-        ]
-        table = gather_vector(row, self.control)
-        stop, clock = table[:, -4:-2].T
+        own = StepCounts.of(micro_batches, len(self.loader.damaged))
+        stop = self.stop.requested or not micro_batches
+        rest = [float(stop), self.state.clock_s, *self._finite.double().tolist()]
+        table = gather_vector([*map(float, own), *rest], self.control)
+        counts = StepCounts(*table[:, : len(own)].long().sum(0).tolist())
+        stop, clock, *_ = table[:, len(own) :].T
         self._check_health(table[:, -2:])
         self.state.clock_s = float(clock.max())
-        sums = table[:, :-4].sum(0).tolist()
-        masked, objects, decoded, entities, tokens, sequences, damaged = sums
         train, state = self.config.train, self.state
         progress = state.step / train.max_steps
         if train.max_hours is not None:
             progress = max(progress, state.clock_s / (train.max_hours * 3600))
-        share = self.world.size * max(1, len(micro_batches))
         q = memory_epoch(
             progress,
             self.loader.epoch_of_step(state.step),
@@ -477,16 +435,8 @@ class Trainer:
             progress=progress,
             lr=learning_rate(max(progress, 0.5 / train.max_steps), train),
             memory_weight=memory_weight(q, progress, self.config.memory),
-            normalizers=Normalizers(
-                *(max(1.0, count) / share for count in (masked, decoded, entities)),
-                *(count / share for count in (masked - objects, objects)),
-            ),
-            tokens=int(tokens),
-            masked=int(masked),
-            sequences=int(sequences),
-            objects=int(objects),
-            entities=int(entities),
-            damaged=int(damaged),
+            normalizers=counts.normalizers(self.world.size * max(1, len(micro_batches))),
+            counts=counts,
         )
         return plan, bool(stop.max())
 
@@ -581,8 +531,8 @@ class Trainer:
         self._finite = torch.stack([finite, whole])
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         self.state.applied_steps += int(applied)
-        self.state.tokens_seen += plan.tokens
-        self.state.quarantined += plan.damaged
+        self.state.tokens_seen += plan.counts.tokens
+        self.state.quarantined += plan.counts.damaged
         for message in self.loader.damaged:
             logger.warning("step %d: an empty sequence replaces %s", self.state.step, message)
         self._interval.watch.start("bank")
@@ -594,12 +544,7 @@ class Trainer:
             self.sampling.end_step(applied, self.state.step)
         self._interval.watch.stop("bank")
         self.routing.end_step(applied)
-        self._interval.steps += 1
-        self._interval.tokens += plan.tokens
-        self._interval.masked += plan.masked
-        self._interval.sequences += plan.sequences
-        self._interval.objects += plan.objects
-        self._interval.entities += plan.entities
+        self._interval.end_step(plan.counts)
 
     # -- what a run tells -----------------------------------------------------------------------
 
