@@ -253,7 +253,7 @@ def test_byte_level_answers_depend_on_the_space_before_them(tmp_path):
 
 def _heldout(data, rank=0, world_size=1):
     from trelm_ds.data.graph import KnowledgeGraph
-    from trelm_ds.data.loader import heldout_batches
+    from trelm_ds.data.heldout import heldout_batches
     from trelm_ds.data.tables import KnowledgeTables
 
     tables, graph = KnowledgeTables.load(data), KnowledgeGraph.load(data)

@@ -150,7 +150,7 @@ def score_heldout(args, model, tokenizer, device) -> dict:
     from trelm_ds.backbone import max_positions
     from trelm_ds.config import load_config
     from trelm_ds.data.graph import KnowledgeGraph
-    from trelm_ds.data.loader import heldout_batches
+    from trelm_ds.data.heldout import heldout_batches
     from trelm_ds.data.shards import load_manifest
     from trelm_ds.data.tables import KnowledgeTables
     from trelm_ds.data.tokenizer import load_tokenizer

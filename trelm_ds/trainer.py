@@ -29,7 +29,8 @@ from trelm_ds.checkpoint import (
 from trelm_ds.compact_gradients import CompactGradients
 from trelm_ds.config import Config
 from trelm_ds.data.graph import KnowledgeGraph
-from trelm_ds.data.loader import StepLoader, heldout_batches
+from trelm_ds.data.heldout import heldout_batches
+from trelm_ds.data.loader import StepLoader
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.data.weights import WeightTables

@@ -7,12 +7,13 @@ import torch
 from multiprocess import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
-from trelm_ds.benchmark import step
+from trelm_ds.benchmark import routing_arms, step
 from trelm_ds.benchmark.cli import main
 from trelm_ds.benchmark.cost_model import step_flops
+from trelm_ds.benchmark.synthetic import Shapes
 from trelm_ds.stopping import StopRequest
 
-SHAPES = step.Shapes(
+SHAPES = Shapes(
     num_hidden_layers=2,
     hidden_size=32,
     num_attention_heads=2,
@@ -29,10 +30,10 @@ SHAPES = step.Shapes(
 )
 
 
-def counted_products(name: str) -> tuple[float, step.StepBenchmark]:
+def counted_products(name: str) -> tuple[float, routing_arms.StepBenchmark]:
     """FLOPs of the matrix products of one step of an arm, attention's core left out."""
-    bench = step.StepBenchmark(SHAPES, torch.device("cpu"))
-    arm = step._Arm(name, bench)
+    bench = routing_arms.StepBenchmark(SHAPES, torch.device("cpu"))
+    arm = routing_arms.Arm(name, bench)
     arm.run()
     with FlopCounterMode(display=False) as counter:
         arm.run()
@@ -48,7 +49,7 @@ def counted_products(name: str) -> tuple[float, step.StepBenchmark]:
 )
 def test_the_cost_model_counts_the_products_a_step_makes(name):
     counted, bench = counted_products(name)
-    arm = step._Arm(name, bench)
+    arm = routing_arms.Arm(name, bench)
     predicted = step_flops(
         *(bench.model.backbone.config, arm.config, bench.tokens, bench.masked),
         sequence_length=0,
@@ -81,7 +82,7 @@ def test_rows_have_every_phase_and_the_baseline_comes_first(tmp_path):
         assert row["ratio_low"] <= row["ratio_to_dense"] <= row["ratio_high"]
 
 
-@pytest.mark.parametrize("phase", ["_Arm.run", "_peak_memory_mib"])
+@pytest.mark.parametrize("phase", ["Arm.run", "_peak_memory_mib"])
 def test_a_stop_ends_it_after_what_is_under_way(monkeypatch, phase):
     stop, calls = StopRequest(), []
     monkeypatch.setattr(step, "_peak_memory_mib", lambda shapes, name: 1.0)
@@ -97,7 +98,7 @@ def test_a_stop_ends_it_after_what_is_under_way(monkeypatch, phase):
     monkeypatch.setattr(owner, name, stopping)
     arms = ["block.25+path", "strict"]
     assert step.measure(SHAPES, torch.device("cpu"), arms, rounds=2, stop=stop) is None
-    assert len(calls) == (3 if phase == "_Arm.run" else 1)  # a round of all arms, one process
+    assert len(calls) == (3 if phase == "Arm.run" else 1)  # a round of all arms, one process
 
 
 def ranks_rows(rank, world_size):

@@ -13,7 +13,8 @@ import torch
 from tiny_corpus import CLS, SEP, damage
 
 from trelm_ds.data.graph import KnowledgeGraph
-from trelm_ds.data.loader import StepLoader, heldout_batches
+from trelm_ds.data.heldout import heldout_batches
+from trelm_ds.data.loader import StepLoader
 from trelm_ds.data.order import stream_position
 from trelm_ds.data.shards import write_manifest
 from trelm_ds.data.special import SpecialTokens
@@ -311,7 +312,7 @@ def test_heldout_batches_are_fixed(corpus, graph, tables, configure, monkeypatch
     shares = [batches(rank, 3) for rank in range(3)]
     assert [len(s) for s in shares] == [2, 2, 1]
     assert sequences(itertools.chain(*shares)) == content
-    monkeypatch.setattr("trelm_ds.data.loader.HELDOUT_BATCH", 5)
+    monkeypatch.setattr("trelm_ds.data.heldout.HELDOUT_BATCH", 5)
     assert [len(b.input_ids) for b in batches(train__eval_batches=2)] == [5, 5]
     assert batches(rank=2, world=3, train__eval_batches=2) == []
     # As many whatever the run's batch is.

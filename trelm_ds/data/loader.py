@@ -4,10 +4,6 @@ The global batch of step t is positions [t G, (t+1) G) of the sample stream, and
 rank r is ``micro`` of them from (a W + r) micro on. Order, masking, mention choices and negatives
 are keyed by what they belong to, so the only state is the step: a run resumes anywhere, with any
 number of ranks, loader processes or accumulation steps that makes the same G.
-
-A position's kind follows from its number alone (``config.sampling``): a share of them are
-knowledge rows, of the others a share takes the samples in their natural order, and the rest is
-drawn by entity, by the weights of the version that its step calls for.
 """
 
 from __future__ import annotations
@@ -22,161 +18,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from trelm_ds.config import Config
-from trelm_ds.data import rng
 from trelm_ds.data.candidates import EntityCandidates
-from trelm_ds.data.collate import Batch, Collator, Example
+from trelm_ds.data.collate import Batch, Collator
 from trelm_ds.data.entity_first import EntityFirst
 from trelm_ds.data.entity_samples import EntitySamples
 from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.knowledge_rows import KnowledgeRows
 from trelm_ds.data.masking import Masker
+from trelm_ds.data.micro_batches import MicroBatches
 from trelm_ds.data.negatives import NegativeSampler, negative_distribution
-from trelm_ds.data.order import Permutation, divide_stream, stream_position
-from trelm_ds.data.sampling import MentionSampler, no_mentions
-from trelm_ds.data.shards import DamagedSample, ShardReader, load_manifest
+from trelm_ds.data.sampling import MentionSampler
 from trelm_ds.data.special import SpecialTokens
+from trelm_ds.data.split import open_split
 from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.data.weights import WeightTables
 from trelm_ds.errors import ConfigError, DataError
 
 _HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # the training process acts on these
 _PREFETCHED_MICRO_BATCHES = 4  # per loader process
-# A drawn sample's choices are keyed by its position, above the number of any epoch: it is masked
-# anew each time it is drawn.
-_DRAWN = 1 << 48
-# Not the run's: every run is scored on the same masked positions, whatever it trains on.
-_HELDOUT_SEED = 0
-_HELDOUT_MLM_PROBABILITY = 0.15
-HELDOUT_BATCH = 32  # sequences that `train.eval_batches` counts by
-
-
-def _open_split(
-    config: Config,
-    data_dir: str | Path,
-    graph,
-    tables,
-    split: str,
-    verify: bool,
-    tolerant: bool = False,
-) -> tuple[ShardReader, dict]:
-    """The split's reader and the manifest, after checking that everything fits together."""
-    manifest = load_manifest(data_dir)
-    reader = ShardReader(data_dir, manifest, split, verify=verify, tolerant=tolerant)
-    if len(reader) < 1:
-        raise DataError(f"{data_dir}: empty corpus: split {split!r} holds no sample")
-    longest = manifest["max_seq_length"]
-    if longest > config.data.max_seq_length:
-        raise ConfigError(
-            f"data.max_seq_length {config.data.max_seq_length} is below the {longest} tokens "
-            f"{data_dir} was prepared with"
-        )
-    counts = manifest["graph"]
-    if (graph.num_entities, graph.num_relations) != (counts["entities"], counts["relations"]):
-        raise DataError(f"{data_dir}: graph/ and manifest.json count different entities")
-    if tables.num_keys != counts["entities"] + manifest["long_tail_words"]:
-        raise DataError(f"{data_dir}: tables/ and manifest.json count different memory keys")
-    return reader, manifest
-
-
-class _MicroBatches(Dataset):
-    """Stream positions of a micro-batch -> arrays of a ``Batch``; picklable, opens files lazily."""
-
-    def __init__(
-        self,
-        config: Config,
-        reader: ShardReader,
-        masker: Masker,
-        mentions: MentionSampler,
-        collator: Collator,
-        negatives: NegativeSampler | None,
-        candidates: EntityCandidates | None,
-        num_entities: int,
-        global_batch: int,
-        entity_first: EntityFirst | None,
-        knowledge_rows: KnowledgeRows | None,
-        weights: WeightTables | None,
-        special: SpecialTokens,
-    ):
-        self._empty = np.array([special.cls, special.sep], dtype=np.int64)
-        self._damaged: list[str] = []  # of the micro-batch being made
-        self._seed = config.train.seed
-        self._knowledge_share = config.sampling.knowledge_rows
-        self._natural_share = config.sampling.natural_share if entity_first else 1.0
-        self._entity_first = entity_first
-        self._knowledge_rows = knowledge_rows
-        self._weights = weights
-        self._reader = reader
-        self._masker = masker
-        self._mentions = mentions
-        self._collator = collator
-        self._negatives = negatives
-        self._candidates = candidates
-        self._num_entities = num_entities
-        self._global_batch = global_batch
-
-    def _example(self, position: int, epoch: int, index: int) -> Example:
-        try:
-            sample = self._reader[index]
-        except DamagedSample as error:
-            if not self._reader.tolerant:
-                raise
-            self._damaged.append(str(error))
-            nothing = np.zeros(len(self._empty), dtype=bool)
-            return Example(position, self._empty, self._empty, nothing, no_mentions())
-        mentions = self._mentions(sample, epoch)
-        entities = sample.spans[sample.spans[:, 2] < self._num_entities]
-        corrupted, targets, masked = self._masker(
-            sample.ids,
-            entities[:, :2],
-            mentions.spans[mentions.injected],
-            rng.generator(self._seed, rng.MASKING, epoch, index),
-        )
-        return Example(position, sample.ids, corrupted, targets, mentions, entities[masked])
-
-    def _examples(self, positions: np.ndarray, step: int) -> Iterator[Example]:
-        is_fact, _, text = divide_stream(positions, self._knowledge_share)
-        is_natural, place, _ = divide_stream(text, self._natural_share)
-        epochs, indices = stream_position(place, len(self._reader), self._seed)
-        weights = self._weights.at_step(step) if self._weights is not None else None
-        for row, position in enumerate(positions.tolist()):
-            if is_fact[row]:
-                yield self._knowledge_rows(position, weights)
-            elif is_natural[row]:
-                yield self._example(position, int(epochs[row]), int(indices[row]))
-            else:
-                index = self._entity_first(position, weights)
-                yield self._example(position, _DRAWN + position, index)
-
-    def natural_rows(self, rows: int) -> int:
-        """How many of the stream's first rows are texts in natural order."""
-        _, _, text = divide_stream(np.array([rows]), self._knowledge_share)
-        return int(divide_stream(text, self._natural_share)[1][0])
-
-    def __getitem__(self, positions: np.ndarray) -> tuple[dict, list[str]] | DataError:
-        """The arrays of a ``Batch``, and what is said of the samples that an empty one replaces."""
-        step = int(positions[0]) // self._global_batch
-        self._damaged = []
-        try:
-            examples = list(self._examples(positions, step))
-        except DataError as error:
-            return error  # raised in the training process: one clear line, no worker traceback
-        negatives = np.zeros(0, dtype=np.int64)
-        if self._negatives is not None:
-            negatives = self._negatives(step)
-        arrays = self._collator(examples, negatives)
-        if self._candidates is not None:
-            keys = arrays["mention_keys"]
-            arrays |= self._candidates(
-                step,
-                keys[arrays["decode_mention"]],
-                arrays["decode_relation"],
-                arrays["decode_other"],
-                offered=keys[keys < self._num_entities],
-            )
-        return arrays, self._damaged
 
 
 class _Positions(Sampler):
@@ -273,9 +135,7 @@ class StepLoader:
         self.damaged: list[str] = []
 
         tolerant = config.data.max_damaged_samples > 0
-        reader, self.manifest = _open_split(
-            config, data_dir, graph, tables, split, verify, tolerant
-        )
+        reader, self.manifest = open_split(config, data_dir, graph, tables, split, verify, tolerant)
         if verify:
             reader.verify_all()
         self.num_samples = len(reader)
@@ -315,7 +175,7 @@ class StepLoader:
                 seed,
             )
         text_length = min(config.injection.text_length, tables.entity_names.shape[1] + 2)
-        self._dataset = _MicroBatches(
+        self._dataset = MicroBatches(
             config,
             reader,
             Masker(
@@ -423,49 +283,3 @@ class StepLoader:
             if process.is_alive():
                 process.kill()
         self._processes = []
-
-
-def heldout_batches(
-    config: Config,
-    data_dir: str | Path,
-    rank: int,
-    world_size: int,
-    graph: KnowledgeGraph,
-    tables: KnowledgeTables,
-    split: str = "heldout",
-) -> list[Batch]:
-    """This rank's share of the fixed batches for the held-out MLM loss.
-
-    The first ``train.eval_batches * HELDOUT_BATCH`` sequences of a fixed order of the split, masked
-    the same way in every run, whatever its batch: no injection, no memory, no decoding, tokens
-    masked one by one. They come in micro-batches of the run's size; micro-batch b belongs to rank b
-    modulo the world size, so the lists may differ in length by one.
-
-    Raises:
-        DataError, ConfigError: as ``StepLoader``.
-    """
-    if load_manifest(data_dir)["splits"].get(split, {"samples": 0})["samples"] < 1:
-        return []  # nothing held out: there is no held-out loss to report
-    reader, manifest = _open_split(config, data_dir, graph, tables, split, verify=True)
-    vocab_size = manifest["tokenizer"]["vocab_size"]
-    special = SpecialTokens.load(data_dir, vocab_size)
-    masker = Masker(special.is_special(vocab_size), special.mask, _HELDOUT_MLM_PROBABILITY)
-    collator = Collator(
-        special, config.data.pad_to_multiple_of, config.data.max_seq_length, 0, tables
-    )
-    micro = config.train.per_device_train_batch_size
-    count = min(len(reader), HELDOUT_BATCH * config.train.eval_batches)
-    order = Permutation(len(reader), _HELDOUT_SEED, 0)(np.arange(count))
-    nothing = np.zeros((0, 2), dtype=np.int64)
-    batches = []
-    for first in range(rank * micro, count, world_size * micro):
-        examples = []
-        for position, index in enumerate(order[first : first + micro].tolist(), first):
-            ids = reader[index].ids
-            stream = rng.generator(_HELDOUT_SEED, rng.HELDOUT, 0, index)
-            corrupted, targets, _ = masker(ids, nothing, nothing, stream)
-            examples.append(Example(position, ids, corrupted, targets, no_mentions()))
-        arrays = collator(examples, np.zeros(0, dtype=np.int64))
-        batches.append(Batch.from_numpy(arrays))
-    reader.close()
-    return batches
