@@ -48,6 +48,8 @@ def run(main, argv, capsys):
         (["jsonl", "--input", "IN", "--output", "OUT", "--vocab", "gone"], "gone: no such file"),
         (["jsonl", "--input", "IN", "--output", "IN/under/a/file"], "Not a directory"),
         (["sample", "--input", "IN", "--output", "OUT"], "takes no --input"),
+        (["sample", "--output", "OUT", "--limit", "5"], "sample: takes no --limit"),
+        (["sample", "--output", "OUT", "--heldout_fraction", "0.5"], "no --heldout_fraction"),
         (["sample", "--output", "OUT", "--graph_only_fraction", "0"], "trex alone"),
         (["jsonl", "--input", "IN", "--output", "OUT", "--also", "rebel=IN"], "trex alone"),
         (["trex", "--input", "IN", "--output", "OUT"], "must be one folder"),

@@ -30,8 +30,14 @@ log = logging.getLogger(__name__)
 
 
 def _read_sample(inputs: list[Path], options: ReaderOptions) -> RawCorpus:
-    if inputs:
-        raise ConfigError("sample: takes no --input, the corpus is made by the package")
+    defaults = ReaderOptions()
+    for flag, is_given in (
+        ("input", bool(inputs)),
+        ("limit", options.limit != defaults.limit),
+        ("heldout_fraction", options.heldout_fraction != defaults.heldout_fraction),
+    ):
+        if is_given:
+            raise ConfigError(f"sample: takes no --{flag}, the corpus is made by the package")
     from trelm_ds.sample.corpus import sample_corpus
 
     return sample_corpus(options.seed)
@@ -58,14 +64,14 @@ def _build_parser() -> argparse.ArgumentParser:
     for name, (_, text) in READERS.items():
         kind = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
         # What a kind has no use for is not shown, and refused with a line of its own.
-        holds_back = name == "trex"
+        holds_back, is_made = name == "trex", name == "sample"
         kind.add_argument(
             "--input",
             nargs="+",
             type=Path,
             default=[],
             metavar="PATH",
-            help=argparse.SUPPRESS if name == "sample" else "files or folders of the corpus",
+            help=argparse.SUPPRESS if is_made else "files or folders of the corpus",
         )
         kind.add_argument(
             "--output", required=True, type=Path, metavar="DIR", help="prepared folder to write"
@@ -117,7 +123,9 @@ def _build_parser() -> argparse.ArgumentParser:
             type=float,
             default=defaults.heldout_fraction,
             metavar="X",
-            help="share of documents that are held out, where the corpus does not say which; "
+            help=argparse.SUPPRESS
+            if is_made
+            else "share of documents that are held out, where the corpus does not say which; "
             f"default {defaults.heldout_fraction}",
         )
         kind.add_argument(
@@ -133,7 +141,9 @@ def _build_parser() -> argparse.ArgumentParser:
             "--limit",
             type=int,
             metavar="N",
-            help="documents (trex: facts) of each corpus to read at most; default all",
+            help=argparse.SUPPRESS
+            if is_made
+            else "documents (trex: facts) of each corpus to read at most; default all",
         )
         kind.add_argument(
             "--strict", action="store_true", help="a mentioned id that no graph knows is an error"
