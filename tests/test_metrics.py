@@ -1,51 +1,12 @@
-"""What a run reports: FLOP count, lines, the log's resume, the plot."""
+"""What a run reports: lines, the log's resume, the plot."""
 
 import json
 import math
 import resource
 
 import pytest
-import torch
-from transformers import BertConfig, BertForMaskedLM
 
-from trelm_ds.metrics import (
-    MetricLog,
-    RollingRate,
-    Stopwatch,
-    console_line,
-    format_duration,
-    plot_curves,
-    read_metrics,
-    training_flops,
-)
-
-
-def test_flops_are_those_of_the_matrix_products():
-    """Three times a forward pass, counted by torch's own FLOP counter."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = BertConfig(
-        vocab_size=90,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        attn_implementation="eager",
-    )
-    model = BertForMaskedLM(config).eval()
-    rows, length = 3, 16
-    ids = torch.randint(5, 90, (rows, length))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(ids)
-    counted = counter.get_total_flops()  # the stock head runs on every position
-    ours = training_flops(config, rows * length, rows * length, length) / 3
-    assert ours == pytest.approx(counted, rel=1e-6)
-
-
-def test_the_paper_sized_model_costs_what_the_cost_model_says():
-    base = BertConfig(vocab_size=50265)  # RoBERTa-base shapes
-    per_sequence = training_flops(base, 128, 0.15 * 128, 128)
-    assert per_sequence == pytest.approx(71.6e9, rel=0.02)
+from trelm_ds.metrics import MetricLog, console_line, format_duration, plot_curves, read_metrics
 
 
 def values(**more):
@@ -92,6 +53,24 @@ def test_a_resumed_log_drops_the_steps_it_takes_again(tmp_path):
     assert [(r["step"], r["train/loss"]) for r in read_metrics(path)] == [(1, 1), (2, 2), (3, 30)]
 
 
+def test_only_rank_0_writes(tmp_path):
+    MetricLog(tmp_path / "metrics.jsonl", enabled=False).write(1, {"a": 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_plot(tmp_path):
+    rows = [
+        {"step": 0, "eval/mlm_loss": 5.0, "eval/probe_p1": 0.0, "eval/probe_p1_tail": 0.0},
+        {"step": 1, "train/mlm_loss": 5.0, "train/cka_loss": 3.0},
+        {"step": 2, "eval/mlm_loss": 4.0},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    plot_curves(path, tmp_path / "curves.png", "run")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+
+
 def test_a_line_is_written_whole_or_with_the_next_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricLog(path, enabled=True)
@@ -107,39 +86,3 @@ def test_a_line_is_written_whole_or_with_the_next_one(tmp_path):
     assert path.read_bytes() == before
     log.write(3, {"a": 3})
     assert [(r["step"], r["a"]) for r in read_metrics(path)] == [(1, 1), (2, 2), (3, 3)]
-
-
-def test_only_rank_0_writes(tmp_path):
-    MetricLog(tmp_path / "metrics.jsonl", enabled=False).write(1, {"a": 1})
-    assert not list(tmp_path.iterdir())
-
-
-def test_rolling_rate_forgets():
-    rate = RollingRate(window=2)
-    assert rate.rate == 0.0
-    for amount, seconds in ((1000, 1), (10, 1), (30, 1)):
-        rate.add(amount, seconds)
-    assert rate.rate == 20.0
-
-
-def test_stopwatch_sums_by_phase_and_starts_again():
-    watch = Stopwatch(torch.device("cpu"))
-    for _ in range(2):
-        watch.start("forward")
-        watch.stop("forward")
-    totals = watch.totals()
-    assert set(totals) == {"forward"} and totals["forward"] >= 0
-    assert watch.totals() == {}
-
-
-def test_plot(tmp_path):
-    rows = [
-        {"step": 0, "eval/mlm_loss": 5.0, "eval/probe_p1": 0.0, "eval/probe_p1_tail": 0.0},
-        {"step": 1, "train/mlm_loss": 5.0, "train/cka_loss": 3.0},
-        {"step": 2, "eval/mlm_loss": 4.0},
-    ]
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    plot_curves(path, tmp_path / "curves.png", "run")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]

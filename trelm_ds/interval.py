@@ -5,14 +5,8 @@ from __future__ import annotations
 import torch
 
 from trelm_ds.distributed import gather_vector
-from trelm_ds.metrics import (
-    RollingRate,
-    Stopwatch,
-    peak_flops,
-    peak_memory_gib,
-    training_flops,
-)
 from trelm_ds.step_plan import StepCounts
+from trelm_ds.throughput import RollingRate, Stopwatch, peak_flops, peak_memory_gib, training_flops
 
 
 class Interval:

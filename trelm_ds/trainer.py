@@ -52,11 +52,7 @@ from trelm_ds.knowledge_sampling import KnowledgeSampling
 from trelm_ds.memory.bank import MemoryBank
 from trelm_ds.memory.budget import mentions_per_step, require_memory
 from trelm_ds.memory.knowledge_state import KnowledgeState
-from trelm_ds.metrics import (
-    MetricLog,
-    console_line,
-    plot_curves,
-)
+from trelm_ds.metrics import MetricLog, console_line, plot_curves
 from trelm_ds.model import TrelmModel, parameter_groups
 from trelm_ds.optim import WHOLE, PathAdamW
 from trelm_ds.routing.controller import (

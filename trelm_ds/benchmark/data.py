@@ -35,9 +35,9 @@ from trelm_ds.data.schema import decode_sample, encode_sample
 from trelm_ds.data.shards import ShardReader, load_manifest, sample_limits
 from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError
-from trelm_ds.metrics import peak_resident_gib
 from trelm_ds.pretrain import data_folder
 from trelm_ds.stopping import StopRequest
+from trelm_ds.throughput import peak_resident_gib
 
 logger = logging.getLogger(__name__)
 

@@ -29,13 +29,13 @@ from trelm_ds.compact_gradients import CompactGradients
 from trelm_ds.config import RoutingConfig, build_config
 from trelm_ds.distributed import cpu_group, world_size
 from trelm_ds.errors import ConfigError
-from trelm_ds.metrics import Stopwatch
 from trelm_ds.model import Normalizers, TrelmModel, parameter_groups
 from trelm_ds.optim import PathAdamW, RoutedFragment
 from trelm_ds.routing.context import RoutingContext
 from trelm_ds.routing.controller import RoutingController
 from trelm_ds.routing.scope import apply_scope
 from trelm_ds.routing.truncation import BackwardTruncation
+from trelm_ds.throughput import Stopwatch
 
 _PATH = {"input_gradient": "path"}
 _BLOCK = {"form": "block", "rotation_steps": 50}

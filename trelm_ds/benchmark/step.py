@@ -22,8 +22,8 @@ from trelm_ds.benchmark.routing_arms import ARMS, BASELINE, COMPACT, Arm, StepBe
 from trelm_ds.benchmark.synthetic import VOCAB_SIZES, Shapes
 from trelm_ds.distributed import gather_vector
 from trelm_ds.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
-from trelm_ds.metrics import peak_flops, peak_memory_gib, training_flops
 from trelm_ds.stopping import StopRequest
+from trelm_ds.throughput import peak_flops, peak_memory_gib, training_flops
 
 logger = logging.getLogger(__name__)
 
