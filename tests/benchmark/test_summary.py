@@ -17,8 +17,8 @@ def ratio(method, metric, **changes):
     return row | {"mlm_loss": 5.1, "baseline_mlm_loss": 5.0} | changes
 
 
-def write(results, ratios, start=None, seeds=(1, 2, 3), **more):
-    folder = results / "2026-01-02-study"
+def write(results, ratios, start=None, seeds=(1, 2, 3), name="2026-01-02-study", **more):
+    folder = results / name
     folder.mkdir(parents=True)
     study = {"data": "tiny", "seeds": list(seeds), "settings": {}, "start": start} | more
     content = {"kind": "convergence", "ratios": ratios, "study": study}
@@ -48,7 +48,7 @@ def test_a_study_and_whole_models_are_shown_newest_first(tmp_path):
     assert [line.count("|") for line in lines] == [6, 6, 6, 0, 4, 4, 4]
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells == [
-        "`trelm`, tiny, from scratch, 3 seeds",
+        "`trelm`, tiny, from scratch (2 layers, 128 wide), 3 seeds",
         "0.60 (0.30 to –) of `dkplm`'s",
         "0.40 (0.30 to 0.50) of `dkplm`'s",
         "not reached (1/3) of `dkplm`'s",
@@ -71,13 +71,37 @@ def test_studies_whose_baselines_had_no_raced_rate_are_marked(tmp_path):
 @pytest.mark.parametrize(
     ("start", "told"),
     [
-        ({"method": "mlm", "steps": 9, "from": None}, "from 9 steps of `mlm`, 3"),
+        (
+            {"method": "mlm", "steps": 9, "from": None},
+            "from 9 steps of `mlm` (2 layers, 128 wide), 3",
+        ),
         ({"method": "mlm", "steps": 9, "from": "base"}, "from 9 steps of `mlm` after base, 3"),
     ],
 )
 def test_a_study_says_what_its_runs_went_on_from(tmp_path, start, told):
     write(tmp_path / "results", [ratio("trelm", "eval/report_p1")], start)
     assert told in summary_table(tmp_path / "results", tmp_path)
+
+
+def test_of_studies_that_ask_the_same_the_newest_is_shown(tmp_path):
+    larger = {"model.num_hidden_layers": "4", "model.hidden_size": "256"}
+    for day, method, settings in (
+        (3, "trelm", {}),
+        (4, "trelm-theta.8", {}),
+        (5, "block.125+path-R50", {}),  # a form of TRELM by another name
+        (6, "trelm", larger),
+        (7, "trelm", {}),
+    ):
+        ratios = [ratio(method, "eval/report_p1", time_ratio=day / 100)]
+        write(tmp_path, ratios, name=f"2026-01-0{day}-study", settings=settings)
+    lines = summary_table(tmp_path, tmp_path).partition("\n\n")[0].splitlines()[2:]
+    assert [line.split(" (")[0] for line in lines] == [
+        "| `trelm`, tiny, from scratch",
+        "| `trelm`, tiny, from scratch",
+        "| `block.125+path-R50`, tiny, from scratch",
+        "| `trelm-theta.8`, tiny, from scratch",
+    ]
+    assert "0.07" in lines[0] and "4 layers, 256 wide" in lines[1] and "0.06" in lines[1]
 
 
 def test_a_study_of_one_seed_is_not_on_the_first_screen(tmp_path):

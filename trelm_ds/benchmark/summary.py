@@ -16,6 +16,7 @@ from pathlib import Path
 from trelm_ds.benchmark.arms import load_table
 from trelm_ds.benchmark.report import ratio_cell
 from trelm_ds.benchmark.targets import JOINT, METRICS, least_gains
+from trelm_ds.config import ModelConfig
 from trelm_ds.errors import EXIT_DONE, DataError
 from trelm_ds.files import write_text
 from trelm_ds.stopping import StopRequest
@@ -52,7 +53,10 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
 
 
 def summary_table(results: Path, readme: Path) -> str:
-    """Markdown tables of all results, newest first: studies, then step times.
+    """Markdown tables of the results, newest first: studies, then step times.
+
+    Of results that answer one question (method, data, start and model; shapes and device) the
+    newest is shown.
 
     Args:
         results: folder of JSON files and of folders with one; names begin with a date.
@@ -60,7 +64,8 @@ def summary_table(results: Path, readme: Path) -> str:
     Raises:
         DataError: a file is not JSON.
     """
-    studies, steps = [], []
+    studies: dict[tuple, tuple[str, ...]] = {}
+    steps: dict[tuple, tuple[str, ...]] = {}
     for path in sorted(results.rglob("*.json"), key=lambda p: p.relative_to(results), reverse=True):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
@@ -72,10 +77,15 @@ def summary_table(results: Path, readme: Path) -> str:
         link = os.path.relpath(report if report.is_file() else path, readme)
         name = path.relative_to(results).parts[0].removesuffix(".json")
         if result.get("kind") == "convergence":
-            studies += [(*cells, f"[{name}]({link})") for cells in _study_lines(result)]
+            found, lines = studies, _study_lines(result)
         elif result.get("kind") == "step":
-            steps += [(*cells, f"[{name}]({link})") for cells in _step_lines(result)]
-    return "\n\n".join(_table(*part) for part in ((STUDIES, studies), (STEPS, steps)) if part[1])
+            found, lines = steps, _step_lines(result)
+        else:
+            continue
+        for question, cells in lines:
+            found.setdefault(question, (*cells, f"[{name}]({link})"))
+    parts = ((STUDIES, studies), (STEPS, steps))
+    return "\n\n".join(_table(header, [*rows.values()]) for header, rows in parts if rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -83,23 +93,29 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _study_lines(result: dict) -> Iterator[tuple[str, ...]]:
-    """A line for each TRELM: its time to the scores of the baseline that leaves it least gain."""
-    study = result["study"]
+def _study_lines(result: dict) -> Iterator[tuple[tuple, tuple[str, ...]]]:
+    """A line for each form of TRELM: its time to the scores of the baseline of least gain.
+
+    Yields:
+        The question that it answers, and its cells.
+    """
+    study, arms = result["study"], load_table().arms
     if len(study["seeds"]) < 2:
         return  # of one seed: in docs/experiments.md, with its caveats
-    what = f"{study['data']}, {_start(study)}, {len(study['seeds'])} seeds"
+    asked = f"{study['data']}, {_start(study)}"
+    told = f"{len(study['seeds'])} seeds"
     raced = study.get("raced") and len(study["learning_rates"]) > 1
     if raced and not study.get("baselines_raced"):
         # Before 2026-12-01: the arms alone had the rate that is first at the targets.
-        what += "; rates of the baselines not raced"
+        told += "; rates of the baselines not raced"
     headline = least_gains(result["ratios"])  # older files have another rule's
     for method in dict.fromkeys(row["method"] for row in result["ratios"]):
         rows = [headline.get((method, metric.key)) for metric in SHOWN]
-        if method not in load_table().arms:
+        if method not in arms:
             continue  # of an earlier version: nobody can run it again
-        if method.startswith("trelm") and any(row and row["baseline"] != method for row in rows):
-            yield f"`{method}`, {what}", *map(_share, rows)
+        is_trelm = arms[method].preset.startswith("trelm")
+        if is_trelm and any(row and row["baseline"] != method for row in rows):
+            yield (method, asked), (f"`{method}`, {asked}, {told}", *map(_share, rows))
 
 
 def _share(row: dict | None) -> str:
@@ -107,22 +123,31 @@ def _share(row: dict | None) -> str:
 
 
 def _start(study: dict) -> str:
-    """What the runs went on from."""
-    start = study.get("start")
-    folder = (start or {}).get("from") or study["settings"].get("model.model_name_or_path")
+    """What the runs went on from, and from scratch the model's size."""
+    start, settings = study.get("start"), study["settings"]
+    folder = (start or {}).get("from") or settings.get("model.model_name_or_path")
+    shape = (settings.get(f"model.{key}") for key in ("num_hidden_layers", "hidden_size"))
+    layers, width = (
+        given or default
+        for given, default in zip(
+            shape, (ModelConfig.num_hidden_layers, ModelConfig.hidden_size), strict=True
+        )
+    )
+    size = "" if folder else f" ({layers} layers, {width} wide)"
     if start is None:
-        return f"from {folder}" if folder else "from scratch"
-    trained = f"from {start['steps']} steps of `{start['method']}`"
+        return f"from {folder}" if folder else f"from scratch{size}"
+    trained = f"from {start['steps']} steps of `{start['method']}`{size}"
     return f"{trained} after {folder}" if folder else trained
 
 
-def _step_lines(result: dict) -> Iterator[tuple[str, str]]:
-    """Step times of one machine in one line; only whole models."""
+def _step_lines(result: dict) -> Iterator[tuple[tuple, tuple[str, str]]]:
+    """Step times of one machine in one line; only whole models. Yields as ``_study_lines``."""
     rows = [r for r in result["rows"] if r.get("layers", 0) >= 12 and r["arm"] != "dense"]
     if rows:
         first = rows[0]
-        yield (
+        asked = (
             f"{first['layers']} layers, {first['batch_size']} x {first['sequence_length']} tokens, "
-            f"{first['dtype']}, {first['device']}",
-            ", ".join(f"`{row['arm']}` {row['ratio_to_dense']:.2f}" for row in rows),
+            f"{first['dtype']}, {first['device']}"
         )
+        arms = ", ".join(f"`{row['arm']}` {row['ratio_to_dense']:.2f}" for row in rows)
+        yield (asked,), (asked, arms)
