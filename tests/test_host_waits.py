@@ -133,7 +133,7 @@ def test_nothing_waits_for_the_memory_bank_before_its_commit(bank_device, monkey
     host = make_batch()
     with host_waits() as found:
         output = step.model(step.batch, step.memory, 0.5, ONES)
-        rows = bank.lookup(host.mention_keys, DEVICE)
+        rows = bank.lookup(host.mention_keys[host.injected_mentions], DEVICE)
         sequences = host.mention_spans[:, 0]
         cls = output.cls[step.batch.mention_spans[:, 0]]
         bank.stage(host.mention_keys, host.stream_positions[sequences], output.local_memory, cls)

@@ -189,10 +189,11 @@ class TrelmModel(MaskedLanguageModel):
         use_memory = memory is not None and memory_weight > 0
         if self.injection is None and not use_memory:
             return embeds
-        positions, owner = batch.injected_positions, batch.injected_owner
+        positions, row = batch.injected_positions, batch.injected_row
         flat = embeds.flatten(0, 1)
         values = flat[positions]  # role 0 keeps its own token embeddings
         if self.injection is not None:
+            owner = batch.injected_mentions[row]
             injected = self.injection(*self._knowledge(batch), batch.injection_role)[owner]
             has_triple = batch.injection_role[owner] != ROLE_NONE
             values = torch.where(has_triple[:, None], injected.to(values.dtype), values)
@@ -200,7 +201,7 @@ class TrelmModel(MaskedLanguageModel):
             mixed = memory_input(
                 memory, memory_weight, self.embedding_rms, self.config.memory.rescale
             )
-            values = (1.0 - memory_weight) * values + mixed[owner].to(values.dtype)
+            values = (1.0 - memory_weight) * values + mixed[row].to(values.dtype)
         return flat.index_copy(0, positions, values).view_as(embeds)
 
     @torch.no_grad()
@@ -243,7 +244,7 @@ class TrelmModel(MaskedLanguageModel):
 
         Args:
             batch: on the model's device; M, K and D may be 0.
-            memory: rows of the batch's mentions, or None.
+            memory: rows of ``batch.injected_mentions``, or None.
             memory_weight: lambda_q of Eq. 8.
             normalizers: see ``Normalizers``; a count of 0 gives a loss of 0.
         """

@@ -484,7 +484,8 @@ class Trainer:
             watch.start("bank")
             rows = None
             if plan.memory_weight > 0:  # by the host's keys, which it need not wait for
-                rows = self.bank.lookup(micro_batch.mention_keys, self.device)
+                keys = micro_batch.mention_keys[micro_batch.injected_mentions]
+                rows = self.bank.lookup(keys, self.device)
             watch.stop("bank")
             self.routing.before_micro_batch(self.model, batch, rows, plan.memory_weight)
             watch.start("forward")

@@ -69,7 +69,8 @@ def test_every_field():
     assert batch.injection_role.tolist() == [1, 0, 0]
     assert batch.injection_other.tolist() == [1, 0, 0]
     assert batch.injected_positions.tolist() == [2, 3, 33]
-    assert batch.injected_owner.tolist() == [0, 0, 1]
+    assert batch.injected_mentions.tolist() == [0, 1]
+    assert batch.injected_row.tolist() == [0, 0, 1]
     assert batch.text_ids.shape == batch.text_mask.shape == (0, 0) and batch.text_tokens == 0
     assert batch.text_index.tolist() == [[0] * 3] * 2
     assert batch.decode_mention.tolist() == [0, 0, 2]

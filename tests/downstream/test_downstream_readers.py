@@ -147,6 +147,18 @@ def fewrel(count):
     ]  # fmt: skip
 
 
+def test_a_list_on_one_line_may_be_longer_than_a_line(tmp_path, monkeypatch):
+    """TACRED's own files: a hundred million characters without a line end."""
+    content = json.dumps([TACRED, TACRED | {"relation": "per:age"}] * 10)
+    monkeypatch.setattr("trelm_ds.prepare.files.MAX_LINE_CHARACTERS", len(content) // 2)
+    for split in ("train", "dev"):
+        write(tmp_path / f"{split}.json", content)
+    assert len(read_relation(tmp_path).train) == 20
+    monkeypatch.setattr("trelm_ds.prepare.files.MAX_JSON_CHARACTERS", len(content) // 2)
+    with pytest.raises(DataError, match=r"train.json:1: longer than \d+ characters"):
+        read_relation(tmp_path)
+
+
 def test_fewrel_is_split_within_relations(tmp_path):
     write(tmp_path / "val_wiki.json", json.dumps({"P1": fewrel(600), "P2": fewrel(10)}))
     task = read_relation(tmp_path)
@@ -256,6 +268,20 @@ def test_bad_glue_files(tmp_path, name, content, said):
     write(tmp_path / name / "dev.tsv", content)
     with pytest.raises(DataError, match=said):
         read_glue(tmp_path)
+
+
+def test_lines_that_the_published_qqp_breaks_are_left_out(tmp_path, caplog):
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    good = "1\t3\t4\thow ?\twhy ?\t1\n"
+    broken = "2\t5\t6\tis it\n so ?\twhy ?\t0\n"  # a line end within a question
+    other = good.replace("\t1\n", "\t0\n")
+    write(tmp_path / "QQP" / "train.tsv", header + good + broken + other)
+    write(tmp_path / "QQP" / "dev.tsv", header + good)
+    (task,) = read_glue(tmp_path)
+    assert [example.target for example in task.train] == ["1", "0"]
+    assert len(task.evals["dev"]) == 1
+    assert "train.tsv: 2 lines that are not of 6 columns are left out" in caplog.text
+    assert "dev.tsv" not in caplog.text
 
 
 def test_no_glue_folder(tmp_path):

@@ -170,7 +170,7 @@ DECODE = [(0, 2, [11, 12, 13]), (1, RELATIONS + 0, [14]), (3, 1, [15, 16]), (0, 
 
 def make_memory(batch, hidden_size=16, seed=3):
     generator = torch.Generator().manual_seed(seed)
-    count = len(batch.mention_keys)
+    count = len(batch.injected_mentions)
     local = torch.randn(count, hidden_size, generator=generator)
     global_ = torch.randn(count, hidden_size, generator=generator)
     return MemoryRows(local, global_)

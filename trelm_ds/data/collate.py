@@ -40,7 +40,9 @@ class Batch:
         injection_relation: int64 [M], 0 where role is 0.
         injection_other: int64 [M] entity, 0 where role is 0.
         injected_positions: int64 [P] tokens of the injected mentions, flat into B * S.
-        injected_owner: int64 [P] the row of ``mention_spans`` that each belongs to.
+        injected_mentions: int64 [I] the rows of ``mention_spans`` that are injected, ascending:
+            those whose memory is looked up.
+        injected_row: int64 [P] the row of ``injected_mentions`` that each token belongs to.
         text_ids: int64 [U, X] distinct names of other entities and relations with specials, padded,
             and a row of pads; [0, 0] unless the injection form is ``encoder``.
         text_mask: int64 [U, X], 1 at real tokens and at every text's first one.
@@ -84,7 +86,8 @@ class Batch:
     injection_relation: torch.Tensor
     injection_other: torch.Tensor
     injected_positions: torch.Tensor
-    injected_owner: torch.Tensor
+    injected_mentions: torch.Tensor
+    injected_row: torch.Tensor
     text_ids: torch.Tensor
     text_mask: torch.Tensor
     text_index: torch.Tensor

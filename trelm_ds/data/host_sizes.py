@@ -41,8 +41,8 @@ def mention_tokens(
         decode_tokens: int64 [D, T], padded with -1.
         length: S.
     Returns:
-        Fields of ``Batch``: ``injected_positions``, ``injected_owner``, ``knowledge_positions``,
-        ``knowledge_owner``, ``decoded_width``.
+        Fields of ``Batch``: ``injected_positions``, ``injected_mentions``, ``injected_row``,
+        ``knowledge_positions``, ``knowledge_owner``, ``decoded_width``.
     """
     positions, owner = span_positions(spans, length)
     decoded = np.zeros(len(spans), dtype=bool)
@@ -50,7 +50,8 @@ def mention_tokens(
     width = (spans[:, 2] - spans[:, 1])[decode_mention]
     return {
         "injected_positions": positions[injected[owner]],
-        "injected_owner": owner[injected[owner]],
+        "injected_mentions": np.flatnonzero(injected),
+        "injected_row": (np.cumsum(injected) - 1)[owner[injected[owner]]],
         "knowledge_positions": positions[decoded[owner]],
         "knowledge_owner": owner[decoded[owner]],
         "decoded_width": int(width.max(initial=1)),

@@ -6,6 +6,7 @@ A folder is ``GLUE/RTE`` with ``train.tsv`` and ``dev.tsv`` (MNLI: ``dev_matched
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from trelm_ds.downstream import metrics
 from trelm_ds.downstream.examples import Task, TextExample
 from trelm_ds.errors import DataError
 from trelm_ds.prepare.files import iter_lines, need_file
+
+logger = logging.getLogger(__name__)
 
 BINARY = ("0", "1")
 ENTAILMENT = ("entailment", "not_entailment")
@@ -30,6 +33,8 @@ class GlueFormat:
         labels: those allowed; None: a number (STS-B).
         metric: what the task is known by.
         dev: the files scored, without ``.tsv``.
+        broken_lines: the published file has questions with a line end in them; what is not a whole
+            line is left out, as elsewhere.
     """
 
     columns: tuple[str | int, ...]
@@ -37,6 +42,7 @@ class GlueFormat:
     labels: tuple[str, ...] | None
     metric: str = "accuracy"
     dev: tuple[str, ...] = ("dev",)
+    broken_lines: bool = False
 
 
 FORMATS = {
@@ -44,7 +50,7 @@ FORMATS = {
     "SST-2": GlueFormat(("sentence",), "label", BINARY),
     "MRPC": GlueFormat(("#1 String", "#2 String"), "Quality", BINARY),
     "STS-B": GlueFormat(("sentence1", "sentence2"), "score", None, "pearson_spearman"),
-    "QQP": GlueFormat(("question1", "question2"), "is_duplicate", BINARY),
+    "QQP": GlueFormat(("question1", "question2"), "is_duplicate", BINARY, broken_lines=True),
     "MNLI": GlueFormat(
         ("sentence1", "sentence2"),
         "gold_label",
@@ -84,6 +90,7 @@ def _read_task(folder: Path) -> Task:
 def _examples(path: Path, form: GlueFormat) -> Iterator[TextExample]:
     wanted = (*form.columns, form.label)
     places = list(wanted) if isinstance(form.label, int) else None
+    width = broken = 0
     for where, line in iter_lines(path):
         if not line.strip():
             continue
@@ -91,7 +98,10 @@ def _examples(path: Path, form: GlueFormat) -> Iterator[TextExample]:
         if places is None:
             if absent := [name for name in wanted if name not in columns]:
                 raise DataError(f"{where}: no column {', '.join(map(repr, absent))} in the header")
-            places = [columns.index(name) for name in wanted]
+            places, width = [columns.index(name) for name in wanted], len(columns)
+            continue
+        if form.broken_lines and len(columns) != width:
+            broken += 1
             continue
         if len(columns) <= max(places):
             raise DataError(
@@ -105,6 +115,8 @@ def _examples(path: Path, form: GlueFormat) -> Iterator[TextExample]:
         else:
             raise DataError(f"{where}: label {label[:40]!r} is not one of {', '.join(form.labels)}")
         yield TextExample(texts[0], target, (), texts[1] if len(texts) > 1 else None)
+    if broken:
+        logger.warning("%s: %d lines that are not of %d columns are left out", path, broken, width)
 
 
 def _number(text: str, where: str) -> float:

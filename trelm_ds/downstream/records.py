@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trelm_ds.errors import DataError
-from trelm_ds.prepare.files import check_text, find_file, first_line, iter_jsonl, iter_lines
+from trelm_ds.prepare import files
+from trelm_ds.prepare.files import check_text, find_file, first_line, iter_jsonl, read_text
 
 EVAL_SPLITS = ("dev", "val", "test")
 
@@ -43,11 +44,11 @@ def iter_records(path: Path) -> Iterator[tuple[str, dict]]:
     Raises:
         DataError: it is neither; the message has the file, and the line or the record's number.
     """
-    if not first_line(path).lstrip().startswith("["):
+    if not first_line(path, files.MAX_JSON_CHARACTERS).lstrip().startswith("["):
         yield from iter_jsonl(path)
         return
     try:
-        records = json.loads("\n".join(line for _, line in iter_lines(path)))
+        records = json.loads(read_text(path).rstrip())
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:

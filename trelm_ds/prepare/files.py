@@ -74,25 +74,28 @@ def expand(inputs: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def iter_lines(path: Path) -> Iterator[tuple[str, str]]:
+def iter_lines(path: Path, longest: int | None = None) -> Iterator[tuple[str, str]]:
     """(``file:line``, text without its line end) of a UTF-8 file, plain, ``.gz`` or ``.bz2``.
 
     Only ``\\n`` ends a line: text may hold Unicode's other line separators.
+
+    Args:
+        path: the file.
+        longest: characters of a line, its end included, that are refused; None:
+            ``MAX_LINE_CHARACTERS``.
 
     Raises:
         DataError: the file is missing, not compressed as its name says, cut short, not UTF-8, or a
             line is too long.
     """
-    number = 0
+    number, longest = 0, longest or MAX_LINE_CHARACTERS
     try:
         raw = _OPEN.get(path.suffix, open)(path, "rb")
         with raw, io.TextIOWrapper(raw, encoding="utf-8", newline="\n") as stream:
-            while line := stream.readline(MAX_LINE_CHARACTERS):
+            while line := stream.readline(longest):
                 number += 1
-                if not line.endswith("\n") and len(line) == MAX_LINE_CHARACTERS:
-                    raise DataError(
-                        f"{path}:{number}: longer than {MAX_LINE_CHARACTERS} characters"
-                    )
+                if not line.endswith("\n") and len(line) == longest:
+                    raise DataError(f"{path}:{number}: longer than {longest} characters")
                 if number == 1:
                     line = line.removeprefix("\ufeff")
                 yield f"{path}:{number}", line.rstrip("\r\n")
@@ -106,9 +109,9 @@ def iter_lines(path: Path) -> Iterator[tuple[str, str]]:
         raise DataError(f"{path}: {error.strerror}") from None
 
 
-def first_line(path: Path) -> str:
+def first_line(path: Path, longest: int | None = None) -> str:
     """The first line that is not empty, by which the forms of a file are told apart; "": none."""
-    return next((line for _, line in iter_lines(path) if line.strip()), "")
+    return next((line for _, line in iter_lines(path, longest) if line.strip()), "")
 
 
 def iter_columns(path: Path, at_least: int) -> Iterator[tuple[str, list[str]]]:
@@ -148,18 +151,27 @@ def iter_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             yield where, _parse(line, where)
 
 
+def read_text(path: Path) -> str:
+    """A whole UTF-8 file, on however many lines: JSON of one value often is on one.
+
+    Raises:
+        DataError: as ``iter_lines``, or it is too long.
+    """
+    text = io.StringIO()
+    for _, line in iter_lines(path, MAX_JSON_CHARACTERS):
+        text.write(f"{line}\n")
+        if text.tell() > MAX_JSON_CHARACTERS:
+            raise DataError(f"{path}: longer than {MAX_JSON_CHARACTERS} characters")
+    return text.getvalue()
+
+
 def read_json(path: Path) -> dict:
     """A file that is one JSON object.
 
     Raises:
         DataError: it is not, or it is too long.
     """
-    text = io.StringIO()
-    for _, line in iter_lines(path):
-        text.write(f"{line}\n")
-        if text.tell() > MAX_JSON_CHARACTERS:
-            raise DataError(f"{path}: longer than {MAX_JSON_CHARACTERS} characters")
-    return _parse(text.getvalue(), str(path))
+    return _parse(read_text(path), str(path))
 
 
 def _parse(text: str, where: str) -> dict:
