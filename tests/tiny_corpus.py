@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from trelm_ds.config import NAME_TOKENS
 from trelm_ds.data.graph import save_graph
 from trelm_ds.data.schema import Sample
 from trelm_ds.data.shards import INDEX_RECORD, ShardSetWriter, write_manifest
-from trelm_ds.data.tables import NAME_TOKENS, save_tables
+from trelm_ds.data.tables import save_tables
 from trelm_ds.data.tokenizer import load_tokenizer
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -58,6 +58,9 @@ def _fraction(name: str, value: float, *, open_low: bool = False) -> None:
     _require(low_ok and value <= 1, f"{name}: {value} must be in {'(' if open_low else '['}0, 1]")
 
 
+# Tokens of a name that a prepared folder keeps of every entity and relation.
+NAME_TOKENS = 8
+
 # Keys of a model from scratch: one from a folder has values of its own.
 FROM_SCRATCH = (
     "model_type",
@@ -202,7 +205,8 @@ class InjectionConfig:
     max_per_128_tokens: int = 4  # K
     probability: float = 1.0  # chance that an eligible mention is injected in an epoch
     long_tail_words: bool = True  # rare word types are memory keys too (Fig. 2)
-    text_length: int = 16  # tokens of an entity's or relation's text in form `encoder`
+    # Tokens of an entity's or relation's text in form `encoder`, specials included.
+    text_length: int = NAME_TOKENS + 2
 
     def __post_init__(self):
         _choice("injection.form", self.form, INJECTION_FORMS)
@@ -210,7 +214,11 @@ class InjectionConfig:
         _fraction("injection.probability", self.probability)
         if self.quantile is not None:
             _fraction("injection.quantile", self.quantile)
-        _require(self.text_length >= 3, "injection.text_length must be at least 3")
+        _require(
+            3 <= self.text_length <= NAME_TOKENS + 2,
+            f"injection.text_length must be 3 to {NAME_TOKENS + 2}: prepared folders keep "
+            f"{NAME_TOKENS} tokens of a name",
+        )
         _require(self.max_per_128_tokens >= 1, "injection.max_per_128_tokens must be at least 1")
 
 
@@ -221,7 +229,7 @@ class DecodingConfig:
     enabled: bool = True
     loss_weight: float = 0.5  # theta; multiplies MLM, 1 - theta multiplies CKA
     scale: float = 1.0  # delta
-    max_tokens: int = 8  # T
+    max_tokens: int = NAME_TOKENS  # T
     num_negatives: int = 64  # N, shared by the global batch of a step
     hard_negatives: int = 0  # of them, tokens of entities near the gold one in memory space
     hard_negative_refresh_steps: int = 500  # a new table of neighbours every so many steps
@@ -245,7 +253,14 @@ class DecodingConfig:
             1 <= self.entity_negatives < self.entity_candidates,
             "decoding.entity_negatives must be at least 1 and below decoding.entity_candidates",
         )
-        _require(self.max_tokens >= 1, "decoding.max_tokens must be at least 1")
+        _require(
+            1 <= self.max_tokens <= NAME_TOKENS,
+            f"decoding.max_tokens must be 1 to {NAME_TOKENS}: prepared folders keep that many of "
+            "a name",
+        )
+        _require(self.max_triples >= 1, "decoding.max_triples must be at least 1")
+        _require(self.scale != 0, "decoding.scale must not be 0: no relation would be told apart")
+        _require(self.unigram_power >= 0, "decoding.unigram_power must not be negative")
         _require(
             0 <= self.hard_negatives < self.num_negatives,
             "decoding.hard_negatives must be below decoding.num_negatives",
@@ -283,6 +298,9 @@ class MemoryConfig:
         _fraction("memory.off_fraction", self.off_fraction)
         _require(self.decay >= 1, "memory.decay must be at least 1")
         _require(self.half_window >= 0, "memory.half_window must not be negative")
+        for name in ("virtual_epochs", "virtual_shards"):
+            _require(getattr(self, name) >= 1, f"memory.{name} must be at least 1")
+        _require(self.max_gib is None or self.max_gib > 0, "memory.max_gib must be positive")
 
 
 @dataclass(kw_only=True)

@@ -13,10 +13,11 @@ from trelm_ds.backbone import MaskedLanguageModel, encode, load_backbone
 from trelm_ds.config import Config
 from trelm_ds.data.collate import Batch
 from trelm_ds.data.negatives import negative_distribution
+from trelm_ds.data.schema import ROLE_NONE
 from trelm_ds.data.tokenizer import load_tokenizer
 from trelm_ds.errors import DataError
 from trelm_ds.knowledge.decoder import RelationalDecoder
-from trelm_ds.knowledge.injection import ROLE_NONE, KnowledgeInjection, TransETables
+from trelm_ds.knowledge.injection import KnowledgeInjection, TransETables
 from trelm_ds.losses import (
     TokenPrior,
     entity_scores,

@@ -89,10 +89,17 @@ class OutputLayer(nn.Linear):
         return layer
 
     def forward(self, states, labels=None):
-        """Scores [..., V]; with labels ``linear_cross_entropy``, [K]."""
-        if labels is None:
+        """Scores [..., V]; with labels ``linear_cross_entropy``, [K].
+
+        Evaluation's scores are at least float32: those of bf16 are often equal, and a prediction
+        is then the lowest token id, the most frequent word of many vocabularies.
+        """
+        if labels is not None:
+            return linear_cross_entropy(states, self.weight, self.bias, labels)
+        if self.training:
             return super().forward(states)
-        return linear_cross_entropy(states, self.weight, self.bias, labels)
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        return F.linear(states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 def install_output_layer(backbone: nn.Module) -> None:

@@ -112,3 +112,18 @@ def test_the_head_in_a_model_is_hugging_faces(model_type):
     theirs = torch.autograd.grad(plain.sum(), [states, *parameters])
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_evaluation_has_scores_that_differ_where_bf16_has_ties():
+    torch.manual_seed(0)
+    layer = OutputLayer(64, 2000).to(torch.bfloat16)
+    states = 20 * torch.randn(30, 64).to(torch.bfloat16)
+    rounded = layer.train()(states)
+    assert rounded.dtype == torch.bfloat16
+    assert any(len(row.unique()) < len(row) for row in rounded)
+    scores = layer.eval()(states)
+    expected = F.linear(states.float(), layer.weight.float(), layer.bias.float())
+    assert scores.dtype == torch.float32 and torch.equal(scores, expected)
+    top = scores.topk(2).values
+    assert (top[:, 0] > top[:, 1]).all()
+    assert layer.double()(states.double()).dtype == torch.float64

@@ -60,7 +60,8 @@ def test_every_form_keeps_its_share_in_every_layer(form, input_gradient):
     assert 0 < metrics["routing/kept_fraction"] <= 0.25
     assert metrics["time/attribution_s"] >= 0
     run_step(model, controller, 1)
-    assert 0 <= controller.metrics()["routing/jaccard"] <= 1
+    jaccard = controller.metrics().get("routing/jaccard")
+    assert jaccard is None if form == "block" else 0 <= jaccard <= 1
 
 
 @pytest.mark.parametrize("form", [f for f in FORMS if f != "block"])
@@ -150,9 +151,10 @@ def test_negative_attribution_is_never_selected_and_absolute_fills_the_share():
 def test_blocks_rotate_by_the_scores_gathered_in_between():
     model, controller = make("block", rotation_steps=3, floor=0.0)
     model.eval()
-    blocks = []
+    blocks, jaccards = [], []
     for step in range(6):
         counts = run_step(model, controller, step)
+        jaccards.append(controller.metrics().get("routing/jaccard"))
         rows = (counts[1] > 0).nonzero()[:, 0]
         assert rows.tolist() == list(range(int(rows[0]), int(rows[0]) + 6))
         blocks.append(int(rows[0]))
@@ -162,6 +164,10 @@ def test_blocks_rotate_by_the_scores_gathered_in_between():
     mass = [float(sums[1, s : s + 6].clamp(min=0).sum()) for s in (0, 6, 12, 18)]
     assert blocks[3] == 6 * mass.index(max(mass))
     assert "routing/captured_mass" in controller.metrics()
+    firsts = controller.blocks.previous_starts(), controller.blocks.current_starts()
+    kept = sum(a == b for a, b in zip(*firsts, strict=True))
+    assert firsts[0] == [0, 0] and kept < 2  # of the rotation before, all through this one
+    assert jaccards == [None] * 3 + [kept / 2] * 3
 
 
 def test_every_layer_is_scored_once_in_each_rotation_however_short():
@@ -419,6 +425,13 @@ def test_refusals_name_the_keys():
         refuse_unsupported(config(form="in_backward", audit_steps=10), 3)
     for form in ("block", "in_backward", "random", "activation", "frozen", "none"):
         refuse_unsupported(config(form=form), 3)
+    for form in ("block", "random", "frozen", "none"):
+        with pytest.raises(ConfigError, match=f"routing.threshold .*form {form} does not"):
+            refuse_unsupported(config(form=form, threshold=0.1), 0)
+    for form in ("frozen", "none"):
+        with pytest.raises(ConfigError, match=f"routing.audit_steps .*form {form} has none"):
+            refuse_unsupported(config(form=form, audit_steps=10), 0)
+    refuse_unsupported(config(form="in_backward", threshold=0.1, audit_steps=10), 0)
 
     def without_decoding(**routing):
         result = config(**routing)

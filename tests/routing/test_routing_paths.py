@@ -97,6 +97,19 @@ def test_rotation_takes_the_highest_positive_mass():
     assert blocks.rotate(scores) == [0, 4]
 
 
+def test_the_blocks_of_the_rotation_before():
+    blocks = BlockRotation(2, 12, 4, 0.0)
+    scores = torch.zeros(3, 2, 12)
+    for rotation, windows in enumerate([(1, 2), (1, 0), (2, 0)]):
+        for layer, window in enumerate(windows):
+            scores[rotation, layer, 4 * window] = 1.0
+    previous = [None, [4, 8], [4, 0]]
+    for made, expected in zip(scores, previous, strict=True):
+        blocks.rotate(made)
+        assert blocks.previous_starts() == expected
+    assert blocks.current_starts() == [8, 0]
+
+
 def test_rotation_without_scores_goes_round():
     blocks = BlockRotation(1, 12, 4, 0.0)
     seen = [blocks.rotate(torch.zeros(1, 12))[0] for _ in range(6)]

@@ -174,7 +174,6 @@ class StepLoader:
                 sampling.knowledge_row_triples,
                 seed,
             )
-        text_length = min(config.injection.text_length, tables.entity_names.shape[1] + 2)
         self._dataset = MicroBatches(
             config,
             reader,
@@ -191,7 +190,7 @@ class StepLoader:
                 config.data.max_seq_length,
                 config.decoding.max_tokens,
                 tables,
-                text_length if config.injection.form == "encoder" else 0,
+                config.injection.text_length if config.injection.form == "encoder" else 0,
                 config.memory.half_window,
             ),
             negatives,

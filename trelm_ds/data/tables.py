@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trelm_ds.config import NAME_TOKENS
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.data.table_files import (
     load_array,
@@ -20,7 +21,6 @@ from trelm_ds.data.table_files import (
 from trelm_ds.errors import DataError
 from trelm_ds.files import file_sha256
 
-NAME_TOKENS = 8  # columns of entity_names and relation_names
 TWO_HOP_CAP = 1000
 
 # Name: (dtype, shape); N entities, R relations, V vocabulary, S spans of the train split.
@@ -54,8 +54,8 @@ class KnowledgeTables:
         entity_frequency: int64 [N] mentions in the train split.
         token_frequency: int64 [V] in the train split.
         importance: float32 [spans of train] SI (Eq. 1); 1 for word spans. None until scored.
-        entity_names: int32 [N, 8] token ids without specials, padded with -1.
-        relation_names: int32 [R, 8], likewise.
+        entity_names: int32 [N, NAME_TOKENS] token ids without specials, padded with -1.
+        relation_names: int32 [R, NAME_TOKENS], likewise.
         two_hop: int32 [N] neighbours within two hops, capped at 1000.
         num_words: long-tail words; their keys follow the entities'.
     """

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-ROLE_NONE, ROLE_HEAD, ROLE_TAIL = 0, 1, 2
+from trelm_ds.data.schema import ROLE_HEAD
 
 
 class TransETables(nn.Module):

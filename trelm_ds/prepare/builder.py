@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trelm_ds.config import NAME_TOKENS
 from trelm_ds.data.graph import save_graph
 from trelm_ds.data.schema import MAX_DOC_CHARACTERS, MAX_TOKENS, Sample
 from trelm_ds.data.shards import (
@@ -28,7 +29,7 @@ from trelm_ds.data.shards import (
     ShardSetWriter,
     write_manifest,
 )
-from trelm_ds.data.tables import NAME_TOKENS, save_tables
+from trelm_ds.data.tables import save_tables
 from trelm_ds.data.tokenizer import tokenizer_digest
 from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.knowledge.transe import train_transe

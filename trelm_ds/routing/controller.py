@@ -45,7 +45,16 @@ def refuse_unsupported(config: Config, zero_stage: int) -> None:
             f"routing.compact_gradients does not work with ZeRO stage {zero_stage}, which sends "
             "gradients by partitions: use ds_configs/zero0.json"
         )
+    if routing.threshold is not None and routing.form not in ATTRIBUTION_FORMS + BACKWARD_FORMS:
+        raise ConfigError(
+            f"routing.threshold drops neurons by their score, and routing.form {routing.form} does "
+            f"not choose them by one: use it with {', '.join(ATTRIBUTION_FORMS + BACKWARD_FORMS)}"
+        )
     if routing.form in DENSE_FORMS:
+        if routing.audit_steps:
+            raise ConfigError(
+                f"routing.audit_steps compares paths, and routing.form {routing.form} has none"
+            )
         return
     integrates = routing.form in ATTRIBUTION_FORMS or routing.audit_steps > 0
     what = f"routing.form {routing.form}" if not routing.audit_steps else "routing.audit_steps"
@@ -286,7 +295,8 @@ class RoutingController:
         ``routing/truncated_layers``: layers below the last step's cut, if the run ever truncates;
         ``routing/kept_fraction``: neurons updated by the last step, mean over all layers;
         ``routing/kept_weight_fraction``: FFN weights on the path, with ``paths: full``;
-        ``routing/jaccard``: last path set against the one before, mean over layers above the cut;
+        ``routing/jaccard``: last path set against the one of the step before (``block``: of the
+        rotation before), mean over layers above the cut;
         ``routing/captured_mass``: share of the positive score mass that lies on the path, by the
         scores it was chosen by (absent for a random or fixed path);
         ``routing/audit_jaccard``, ``routing/audit_captured_mass``: an audited step's paths
@@ -315,9 +325,14 @@ class RoutingController:
                 for rows, p in zip(kept, current, strict=True)
                 if p.inputs is not None
             )
-        if self._previous is not None:
+        previous = self._previous
+        if self.config.form == "block":  # from step to step it hardly ever changes
+            starts = self.blocks.previous_starts()
+            size = self.blocks.block_size
+            previous = starts and [LayerPaths.block(s, size, self.device) for s in starts]
+        if previous is not None:
             result["routing/jaccard"] = _mean(
-                _jaccard(self._previous[layer].compact().rows, current[layer].rows)
+                _jaccard(previous[layer].compact().rows, current[layer].rows)
                 for layer in self._trained_layers()
             )
         mass = self._mass(current)

@@ -244,3 +244,11 @@ class BlockRotation:
 
     def current_starts(self) -> list[int]:
         return [self.starts[i] for i in self.current.tolist()]
+
+    def previous_starts(self) -> list[int] | None:
+        """The first neurons of the rotation before; None until there have been two."""
+        if self.count < 2:
+            return None
+        then = self.last_used == self.count - 2  # nothing where the same window was taken again
+        windows = torch.where(then.any(1), then.int().argmax(1), self.current)
+        return [self.starts[i] for i in windows.tolist()]
