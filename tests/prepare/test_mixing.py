@@ -129,6 +129,11 @@ def test_a_link_is_as_good_as_a_name(trex_folder):
     text = "Z. Person\nin Tokyo\nand there"
     assert refuses(RawDocument("x", text, [(0, 9, "Q5"), (13, 18, "Q17")])) == {1}
     assert refuses(RawDocument("x", text, [(0, 9, "Q6"), (13, 18, "Q17")])) == set()
+    # A page of the subject links neither itself nor, here, names it.
+    page = RawDocument("x", text, [(13, 18, "Q17")])
+    assert refuses(page) == set()
+    page.about = "Q5"
+    assert refuses(page) == {1}
 
 
 def test_a_folder_of_two_corpora_has_none_of_what_is_held_back(tmp_path, trex_folder):

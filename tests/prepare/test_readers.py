@@ -180,6 +180,8 @@ TOKYO = {
 def test_rebel_mends_shifted_mentions_and_skips_what_is_no_entity(tmp_path):
     corpus = read_rebel([write_lines(tmp_path / "a.jsonl.gz", [TOKYO])], ReaderOptions())
     # Japan's boundaries are 2 too far and mended; Chile's are 1 off, which is no known shift.
+    corpus.documents = list(corpus.documents)
+    assert [document.about for document in corpus.documents] == ["Q1490"]
     assert surfaces(corpus) == [[("Tokyo", "Q1490"), ("Japan", "Q17")]]
     assert corpus.graph.triples == [("Q1490", "P17", "Q17")]
     assert corpus.graph.relations == {"P17": "country"}
@@ -386,6 +388,8 @@ def test_wikidata5m_links_a_text_to_its_entity_and_neighbours(tmp_path):
         [],
     ]
     assert corpus.graph.relations == {"P17": "country", "P36": "capital"}
+    again = read_wikidata5m([write_wikidata5m(tmp_path)], ReaderOptions())
+    assert all(document.about == document.doc for document in again.documents)
 
 
 def test_graph_formats(tmp_path):
@@ -436,6 +440,11 @@ def bad_span(folder):
 
 def bad_id(folder):
     row = {"id": "a", "text": "Paris", "spans": [[0, 5, "Q 90"]]}
+    return read_jsonl, [write_lines(folder / "a.jsonl", [row])]
+
+
+def spans_and_link(folder):
+    row = {"id": "a", "text": "Paris", "spans": [], "link": True}
     return read_jsonl, [write_lines(folder / "a.jsonl", [row])]
 
 
@@ -542,6 +551,7 @@ def empty_folder(folder):
         (long_span, r"a.jsonl:1: a span must be \[start, end, id\] or \[start, end\], got"),
         (bad_json, r"a.jsonl:1: not valid JSON"),
         (deep_json, r"a.jsonl:1: not valid JSON"),
+        (spans_and_link, r"a.jsonl:1: has 'spans' and asks to find them \('link'\)"),
         (no_spans_key, r"""a.jsonl:1: 'spans' is missing; "link": true"""),
         (surrogate, r"a.jsonl:1: holds a lone surrogate"),
         (surrogate_id, r"a.jsonl:1: holds a lone surrogate"),
@@ -656,7 +666,7 @@ def test_wikipedia_links_are_mentions_and_so_are_their_repetitions(tmp_path, for
     folder = write_wikipedia(tmp_path, {"AA/wiki_00": [article]})
     corpus = read_wikipedia([folder], ReaderOptions())
     documents = list(corpus.documents)
-    assert [(d.doc, d.text) for d in documents] == [("12", PLAIN)]
+    assert [(d.doc, d.text, d.about) for d in documents] == [("12", PLAIN, "Q7186")]
     assert [(documents[0].text[s:e], i) for s, e, i in sorted(documents[0].spans)] == MENTIONS
     assert corpus.counts == {"link": 7, "link_without_id": 3, "mention_repeated": 6}
     assert corpus.graph.entities["Q90"].name == "City of Light"

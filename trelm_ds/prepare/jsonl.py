@@ -62,7 +62,10 @@ def _documents(
             document = RawDocument(get(record, "id", str, where), text)
             if "heldout" in record:
                 document.heldout = get(record, "heldout", bool, where)
-            if record.get("link") is True and "spans" not in record:
+            link = "link" in record and get(record, "link", bool, where)
+            if link and "spans" in record:
+                raise DataError(f"{where}: has 'spans' and asks to find them ('link')")
+            if link:
                 document.spans = get_linker(where, "'link'").find(text)
                 corpus.counts["mention_linked"] += len(document.spans)
             elif "spans" not in record:

@@ -20,12 +20,15 @@ class RawDocument:
         text: plain text. A line break is taken as the end of a sentence.
         spans: (start, end, entity id) in characters of ``text``, end excluded.
         heldout: True or False to fix the split; None lets the builder choose by ``doc``.
+        about: id of the entity whose page it is, where the source says so: a page hardly ever
+            links itself, and need not spell its title out.
     """
 
     doc: str
     text: str
     spans: list[tuple[int, int, str]] = field(default_factory=list)
     heldout: bool | None = None
+    about: str | None = None
 
 
 @dataclass(slots=True)

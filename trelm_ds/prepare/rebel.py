@@ -44,6 +44,8 @@ def _documents(files: list[Path], corpus: RawCorpus, known: RawGraph) -> Iterato
             text = get(record, "text", str, where)
             document = RawDocument(get(record, "docid", str, where), text)
             page = record.get("uri")
+            if is_wikidata_id(page):
+                document.about = page
             if is_wikidata_id(page) and isinstance(record.get("title"), str):
                 name = page_name(record["title"])
                 add = corpus.graph.add_alias if known.has_name(page) else corpus.graph.name_entity

@@ -179,7 +179,7 @@ class _Refusal:
         return refused
 
     def _named(self, words: list[str], document: RawDocument) -> list[_GraphOnlyFact]:
-        """The facts whose subject the document names or links."""
+        """The facts whose subject the document names, links or is about."""
         spaced = _spaced(words)
         found = [
             fact
@@ -187,7 +187,7 @@ class _Refusal:
             for name, fact in self._by_name.get(word, ())
             if name in spaced
         ]
-        for entity in {entity for _, _, entity in document.spans}:
+        for entity in {document.about, *(entity for _, _, entity in document.spans)}:
             found += self._by_id.get(entity, ())
         return found
 

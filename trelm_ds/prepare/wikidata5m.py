@@ -92,4 +92,5 @@ def _documents(texts: Path, corpus: RawCorpus) -> Iterator[RawDocument]:
                 owners.setdefault(normalize(name), i)  # the text's own entity comes first
         found = longest_matches(text, lambda names, o=owners: [o.get(normalize(n)) for n in names])
         corpus.counts["mention_linked"] += len(found)
-        yield RawDocument(entity, text, [(start, end, near[i]) for start, end, i in found])
+        spans = [(start, end, near[i]) for start, end, i in found]
+        yield RawDocument(entity, text, spans, about=entity)

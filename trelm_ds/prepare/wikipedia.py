@@ -195,7 +195,7 @@ class _Linker:
                 document.spans.append((start, start + len(whole.strip(_QUOTES)), entity))
         document.text = "".join([*parts, _TAG.sub("", text[begin:])])
         if entity := self._entity(title):  # whatever the links say
-            owners[_key(page_name(title))] = entity
+            owners[_key(page_name(title))] = document.about = entity
         names = {name: entity for name, entity in owners.items() if name and entity is not None}
         repeated = _repeated(document.text, names, links)
         self._corpus.counts["mention_repeated"] += len(repeated)
