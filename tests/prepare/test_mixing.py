@@ -92,6 +92,8 @@ def trex_folder(tmp_path):
         trex_fact("P27", PARIS, FRANCE, (odd, "Sjælland", "Gaul")),
         trex_fact("P27", PARIS, FRANCE, (SAY, "Parïs", "Frânce"), ("[MASK].", "Paris", "France")),
         trex_fact("P27", ("Q5", "Zéd A. Person"), JAPAN, ("Zed is of [MASK].", "Zed", "Nippon")),
+        trex_fact("P19", ("Q5", "Zéd A. Person"), ("Q580", "Łódź"), ("[MASK], Zed", "Zed", "Łódź")),
+        trex_fact("P27", ("Q5", "Zéd A. Person"), ("Q6", "Karol Biały")),
     ]
     return write_trex(tmp_path / "trex", facts)
 
@@ -115,6 +117,9 @@ def trex_folder(tmp_path):
         ("zed plays .\nhe is one\nof japan .", {2}),  # named once in an article
         ("zed lived in japanese towns", set()),
         ("zedd lived in japan", set()),
+        ("zed came\nto łodz once", {1}),  # letters that are more than a letter and an accent
+        ("zed met karol", set()),
+        ("karol biały knew zed", {0}),
         ("japan", set()),
         ("", set()),
     ],
@@ -128,7 +133,7 @@ def test_a_link_is_as_good_as_a_name(trex_folder):
     refuses = read_trex([trex_folder], OPTIONS).refuses
     text = "Z. Person\nin Tokyo\nand there"
     assert refuses(RawDocument("x", text, [(0, 9, "Q5"), (13, 18, "Q17")])) == {1}
-    assert refuses(RawDocument("x", text, [(0, 9, "Q6"), (13, 18, "Q17")])) == set()
+    assert refuses(RawDocument("x", text, [(0, 9, "Q7"), (13, 18, "Q17")])) == set()
     # A page of the subject links neither itself nor, here, names it.
     page = RawDocument("x", text, [(13, 18, "Q17")])
     assert refuses(page) == set()
@@ -152,7 +157,7 @@ def test_a_folder_of_two_corpora_has_none_of_what_is_held_back(tmp_path, trex_fo
     prepare(["trex", f"--input={trex_folder}", "--also", f"jsonl={own}", *flags])
     manifest = load_manifest(tmp_path / "data")
     assert manifest["name"] == "trex+jsonl"
-    assert len(KnowledgeGraph.load(tmp_path / "data").triples) == 2
+    assert len(KnowledgeGraph.load(tmp_path / "data").triples) == 4
     tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer")
     texts = []
     for split in ("train", "heldout"):

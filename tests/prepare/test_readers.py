@@ -134,6 +134,20 @@ def test_trex_drops_sentences_that_name_both_ends_of_a_graph_only_fact(tmp_path)
         assert int(text.split()[0].removeprefix("Ann")) not in only
 
 
+def test_trex_minds_neither_case_nor_punctuation_where_a_graph_only_fact_is_told(tmp_path):
+    options = ReaderOptions(heldout_fraction=0.0, graph_only_fraction=0.3, seed=3)
+    only = next(i for i in range(60) if options.is_graph_only(f"Q{1000 + i}"))
+    city = list(CITIES)[only % 5]
+    told = [f"ANN{only} - PERSON of {city.upper()}", f"Ann{only}, person\nof [MASK] and {city}'s"]
+    told += [f"Ann{only} people of [MASK] and {city}"]  # not the name
+    told = [text if "[MASK]" in text else f"{text} of [MASK]" for text in told]
+    evidence = [(f"{t} , Zed", "Zed", "Japan") for t in told]
+    rows = people(60) + [trex_fact("P27", ("Q5", "Zed"), ("Q17", "Japan"), *evidence)]
+    corpus = read_trex([write_trex(tmp_path, rows)], options)
+    kept = [d.text for d in corpus.documents if d.text.endswith("Zed")]
+    assert kept == [f"Ann{only} people of Japan and {city} , Zed"]
+
+
 def test_trex_near_copies_share_a_split(tmp_path):
     evidence = [
         (f"In {year} Curie lived in [MASK]!", "Curie", "Paris") for year in range(1890, 1950)
