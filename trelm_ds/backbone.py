@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from trelm_ds.config import FROM_SCRATCH, Config, ModelConfig
+from trelm_ds.data.tokenizer import has_tokenizer, load_tokenizer
 from trelm_ds.errors import ConfigError, DataError, one_line
 from trelm_ds.output_layer import mlm_head
 from trelm_ds.routing.ffn import to_hf_state_dict
@@ -109,12 +110,12 @@ def no_progress_bar():
             hf_logging.enable_progress_bar()
 
 
-def load_backbone(config: Config, vocab_size: int, pad_token_id: int) -> nn.Module:
+def load_backbone(config: Config, vocabulary: dict[str, int], pad_token_id: int) -> nn.Module:
     """The backbone of a run: ``model.model_name_or_path``, or from scratch without one.
 
     Args:
         config: the run's configuration.
-        vocab_size: of the data folder's tokenizer.
+        vocabulary: ids by token, of the data folder's tokenizer.
         pad_token_id: of the same.
     Raises:
         ConfigError: the folder cannot be used, its shape is not the one asked for, or its
@@ -123,16 +124,11 @@ def load_backbone(config: Config, vocab_size: int, pad_token_id: int) -> nn.Modu
     """
     folder = config.model.model_name_or_path
     if folder is None:
-        backbone = build_backbone(config, vocab_size, pad_token_id)
+        backbone = build_backbone(config, len(vocabulary), pad_token_id)
     else:
         backbone = load_pretrained(folder, config.model.attn_implementation)
         _refuse_another_shape(config.model, backbone.config)
-        if backbone.config.vocab_size != vocab_size:
-            raise DataError(
-                f"model {folder} has a vocabulary of {backbone.config.vocab_size} but the data "
-                f"folder's tokenizer one of {vocab_size}: prepare the data with the model's "
-                "tokenizer"
-            )
+        _refuse_another_vocabulary(folder, backbone.config.vocab_size, vocabulary)
     if config.data.max_seq_length > max_positions(backbone.config):
         raise ConfigError(
             f"data.max_seq_length {config.data.max_seq_length} is above the model's "
@@ -155,6 +151,33 @@ def _refuse_another_shape(model: ModelConfig, hf_config) -> None:
                 f"model.{name} {asked} is for a model from scratch: that of model_name_or_path "
                 f"{model.model_name_or_path} has {own}"
             )
+
+
+def _refuse_another_vocabulary(folder: str | Path, size: int, vocabulary: dict[str, int]) -> None:
+    """Refuses data whose token ids are not the model's: it would train, on noise."""
+    if size != len(vocabulary):
+        raise DataError(
+            f"model {folder} has a vocabulary of {size} but the data folder's tokenizer one of "
+            f"{len(vocabulary)}: prepare the data with the model's tokenizer"
+        )
+    if not has_tokenizer(folder):
+        logger.warning(
+            "model %s has no tokenizer in its folder: of its vocabulary only the size is known "
+            "to be the data folder's",
+            folder,
+        )
+        return
+    own = load_tokenizer(folder).get_vocab()
+    other = sorted(
+        (number, token) for token, number in own.items() if vocabulary.get(token) != number
+    )
+    if other:
+        number, token = other[0]
+        raise DataError(
+            f"model {folder} and the data folder have different vocabularies of {size} tokens (the "
+            f"model's {number} is {token!r}; {len(other)} differ): prepare the data with the "
+            "model's tokenizer"
+        )
 
 
 def max_positions(hf_config) -> int:

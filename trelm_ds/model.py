@@ -174,7 +174,7 @@ class TrelmModel(MaskedLanguageModel):
             DataError: no usable tokenizer, or not the model's vocabulary.
         """
         tokenizer = load_tokenizer(Path(data_dir) / "tokenizer")
-        backbone = load_backbone(config, len(tokenizer), tokenizer.pad_token_id)
+        backbone = load_backbone(config, tokenizer.get_vocab(), tokenizer.pad_token_id)
         log_q = torch.zeros(len(tokenizer))
         if config.decoding.enabled:
             power = config.decoding.unigram_power

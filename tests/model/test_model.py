@@ -1,6 +1,7 @@
 """The composed model: input mixing, losses, gradients, both architectures, empty batches."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,6 +33,7 @@ from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.model import Normalizers, TrelmModel, parameter_groups, span_mean
 from trelm_ds.output_layer import mlm_head
 
+WORDS = {f"w{i}": i for i in range(VOCAB)}
 BOTH = pytest.mark.parametrize("model_type", ["bert", "roberta"])
 
 
@@ -74,7 +76,7 @@ def test_masked_only_head_equals_full_head(model_type):
 
 def test_roberta_positions_are_not_part_of_max_seq_length():
     config = make_config(model__model_type="roberta", model__max_position_embeddings=32)
-    backbone = load_backbone(config, VOCAB, PAD)
+    backbone = load_backbone(config, WORDS, PAD)
     assert backbone.config.max_position_embeddings == 32 + PAD + 1
     ids = torch.full((1, 32), 9)
     encode(backbone, backbone.get_input_embeddings()(ids), torch.ones_like(ids))
@@ -83,7 +85,7 @@ def test_roberta_positions_are_not_part_of_max_seq_length():
 def test_sequences_longer_than_the_position_table_are_refused():
     config = make_config(model__max_position_embeddings=31)
     with pytest.raises(ConfigError, match="32 is above the model's 31 positions"):
-        load_backbone(config, VOCAB, PAD)
+        load_backbone(config, WORDS, PAD)
 
 
 @BOTH
@@ -92,35 +94,54 @@ def test_backbone_from_a_local_folder(model_type, tmp_path):
     saved = build_backbone(make_config(model__model_type=model_type), VOCAB, PAD)
     saved.save_pretrained(tmp_path / "model")
     config = make_config(model__model_name_or_path=str(tmp_path / "model"))
-    loaded = load_backbone(config, VOCAB, PAD)
+    loaded = load_backbone(config, WORDS, PAD)
     assert loaded.config._attn_implementation == "sdpa"
     for name, tensor in saved.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
     with pytest.raises(DataError, match="vocabulary of 60 but .* one of 61"):
-        load_backbone(config, VOCAB + 1, PAD)
+        load_backbone(config, WORDS | {"one more": VOCAB}, PAD)
     unasked = {f"model.{name}": getattr(ModelConfig, name) for name in FROM_SCRATCH}
     folder = {"model.model_name_or_path": str(tmp_path / "model"), "data.max_seq_length": 32}
-    load_backbone(build_config(unasked, folder), VOCAB, PAD)
+    load_backbone(build_config(unasked, folder), WORDS, PAD)
     for name, asked in (("hidden_size", 32), ("hidden_dropout_prob", 0.1)):
         with pytest.raises(ConfigError, match=f"model.{name} {asked} is for a model from scratch"):
-            load_backbone(build_config(folder, {f"model.{name}": asked}), VOCAB, PAD)
+            load_backbone(build_config(folder, {f"model.{name}": asked}), WORDS, PAD)
+
+
+def test_a_model_of_another_vocabulary_of_equal_size_is_refused(tmp_path, caplog):
+    folder = tmp_path / "model"
+    tokenizer = byte_level_tokenizer(folder)
+    words, pad = tokenizer.get_vocab(), tokenizer.pad_token_id
+    config = make_config(model__model_type="roberta")
+    build_backbone(config, len(words), pad).save_pretrained(folder)
+    config = make_config(model__model_name_or_path=str(folder))
+    load_backbone(config, words, pad)
+    assert not caplog.records
+    last, before = sorted(words, key=words.get)[:-3:-1]
+    swapped = words | {last: words[before], before: words[last]}
+    named = rf"{words[before]} is '{re.escape(before)}'; 2 differ"
+    with pytest.raises(DataError, match=named):
+        load_backbone(config, swapped, pad)
+    (folder / "tokenizer.json").unlink()
+    load_backbone(config, swapped, pad)
+    assert "no tokenizer in its folder" in caplog.text
 
 
 def test_unusable_model_folders_are_one_line_errors(tmp_path):
     with pytest.raises(ConfigError, match="no such folder") as missing:
-        load_backbone(make_config(model__model_name_or_path=str(tmp_path / "none")), VOCAB, PAD)
+        load_backbone(make_config(model__model_name_or_path=str(tmp_path / "none")), WORDS, PAD)
     (tmp_path / "gpt2").mkdir()
     (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ConfigError, match="'gpt2' is not one of bert, roberta") as other:
-        load_backbone(make_config(model__model_name_or_path=str(tmp_path / "gpt2")), VOCAB, PAD)
+        load_backbone(make_config(model__model_name_or_path=str(tmp_path / "gpt2")), WORDS, PAD)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError) as empty:
-        load_backbone(make_config(model__model_name_or_path=str(tmp_path / "empty")), VOCAB, PAD)
+        load_backbone(make_config(model__model_name_or_path=str(tmp_path / "empty")), WORDS, PAD)
     (tmp_path / "no_weights").mkdir()
     (tmp_path / "no_weights" / "config.json").write_text('{"model_type": "bert"}')
     path = str(tmp_path / "no_weights")
     with pytest.raises(ConfigError) as no_weights:
-        load_backbone(make_config(model__model_name_or_path=path), VOCAB, PAD)
+        load_backbone(make_config(model__model_name_or_path=path), WORDS, PAD)
     for error in (missing, other, empty, no_weights):
         assert "\n" not in str(error.value)
 

@@ -7,12 +7,18 @@ from pathlib import Path
 from trelm_ds.errors import DataError, one_line
 from trelm_ds.files import file_sha256
 
+FILES = ("tokenizer.json", "vocab.txt", "vocab.json")  # each holds a vocabulary
 SPECIAL_TOKENS = ("cls", "sep", "mask", "pad", "unk")
 
 
 def has_every_id(vocabulary: dict[str, int]) -> bool:
     """Whether the ids are 0 to len - 1, each once: what is kept by token has a row for each."""
     return sorted(vocabulary.values()) == list(range(len(vocabulary)))
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a model's folder has its tokenizer beside the weights."""
+    return any((Path(folder) / name).is_file() for name in FILES)
 
 
 def load_tokenizer(folder: str | Path):

@@ -311,7 +311,9 @@ def _score(args: argparse.Namespace) -> str | None:
         model_keys = {"model.model_name_or_path": str(args.model)}
     config = build_config(model_keys | {"data.max_seq_length": length})
     torch.manual_seed(args.seed)
-    model = MaskedLanguageModel(load_backbone(config, len(tokenizer), tokenizer.pad_token_id))
+    model = MaskedLanguageModel(
+        load_backbone(config, tokenizer.get_vocab(), tokenizer.pad_token_id)
+    )
     model.to(device)
     if world.size > 1:
         init_distributed(world, device)
