@@ -12,7 +12,7 @@ from trelm_ds.data.graph import KnowledgeGraph
 from trelm_ds.data.shards import ShardReader, load_manifest
 from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.errors import DataError
-from trelm_ds.prepare import builder
+from trelm_ds.prepare import builder, files
 from trelm_ds.prepare.builder import BuildOptions, build
 from trelm_ds.prepare.cli import prepare
 from trelm_ds.prepare.entities import Mentioned, index_graph, two_hop_counts
@@ -278,7 +278,7 @@ def test_a_refused_corpus_leaves_nothing_behind(tmp_path, corpus, strict, messag
 
 def test_a_text_too_long_to_be_encoded_whole_is_refused(tmp_path, monkeypatch):
     text = text_of(spans=[(0, 5, "Q90")])
-    monkeypatch.setattr(builder, "_MAX_CHARACTERS", len(text.text))
+    monkeypatch.setattr(files, "MAX_TEXT_CHARACTERS", len(text.text))
     build_quickly(corpus_of(text), tmp_path / "as long as can be")
     text.text += "s"
     with pytest.raises(DataError, match="document 'd': 33 characters, more than 32"):

@@ -171,12 +171,16 @@ def test_a_pruned_vocabulary_keeps_what_is_used_asked_or_spelled(bert, roberta):
     texts = ["Paris is in France"] * 3 + ["Lyon is in France"]
     pruned = prune_vocabulary(bert, texts, ["Scottish"], 3)
     words = set(pruned.get_vocab())
-    assert {*BERT_SPECIALS, "paris", "is", "in", "france", "scottish"} == words
-    # Ids stay in order, case is ignored as before, and what was dropped is unknown.
-    assert pruned.tokenize("Paris, Lyon") == ["paris", "[UNK]", "[UNK]"]
+    letters = {*"parisnfcelyo"}  # of every word there is, so that rare ones are spelled
+    letters |= {f"##{letter}" for letter in letters}
+    assert {*BERT_SPECIALS, *letters, "paris", "is", "in", "france", "scottish"} == words
+    # Ids stay in order, case is ignored as before, and what does not occur is unknown.
+    assert pruned.tokenize("Paris, Lyon") == ["paris", "[UNK]", "l", "##y", "##o", "##n"]
     ids = [bert.get_vocab()[word] for word in sorted(words, key=pruned.get_vocab().get)]
     assert ids == sorted(ids)
-    # Characters stay from one use on, so that rare words are spelled.
+    # A character that is unknown is not one that its name is spelled with.
+    pruned = prune_vocabulary(bert, ["is ☃"] * 3, [], 3)
+    assert {*BERT_SPECIALS, "is", "i", "s", "##i", "##s"} == set(pruned.get_vocab())
     pruned = prune_vocabulary(bert, [*texts, "ab ba"], [], 4)
     assert pruned.tokenize("ba is") == ["b", "##a", "is"]
     with pytest.raises(ConfigError, match="BERT"):
@@ -243,7 +247,8 @@ def test_the_band_of_long_tail_words(bert):
     order = sorted((rank, word) for word, i in ids.items() if (rank := ranks[i]))
     assert [word for _, word in order] == ["is", "paris", "lyon", "the"]
     # 100 samples: ranks 1 and 2 reach 15%, rank 3 would make it 28%.
-    rarest = np.array([1] * 5 + [2] * 10 + [3] * 13 + [4] * 50 + [0] * 22)
-    assert choose_band(rarest) == 2
-    assert choose_band(np.zeros(5, int)) == 0
-    assert choose_band(np.array([1, 1, 1, 0])) == 0  # 0% is nearer to 20% than 75%
+    assert choose_band(np.array([22, 5, 10, 13, 50])) == 2
+    assert choose_band(np.array([22, 5, 10, 0, 13, 50])) == 2  # a rank that adds no sample
+    assert choose_band(np.array([5, 0, 0])) == 0
+    assert choose_band(np.array([5])) == 0
+    assert choose_band(np.array([1, 3])) == 0  # 0% is nearer to 20% than 75%

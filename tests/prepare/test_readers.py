@@ -11,7 +11,7 @@ import pytest
 from prepare.corpora import CITIES, trex_fact, write_lines, write_own_graph, write_trex
 
 from trelm_ds.errors import ConfigError, DataError
-from trelm_ds.prepare import files
+from trelm_ds.prepare import files, wikipedia
 from trelm_ds.prepare.entities import Mentioned, index_graph
 from trelm_ds.prepare.ernie import read_ernie
 from trelm_ds.prepare.files import read_json
@@ -748,6 +748,35 @@ def test_wikipedia_reads_bz2_files_in_order_and_up_to_the_limit(tmp_path):
 def test_wikipedia_says_what_is_wrong(tmp_path, files, titles, message):
     folder = write_wikipedia(tmp_path, files, titles)
     with pytest.raises(DataError, match=message):
+        list(read_wikipedia([folder], ReaderOptions()).documents)
+
+
+def test_a_text_that_is_there_twice_is_refused(tmp_path):
+    row = {"id": "1", "text": "Paris", "spans": []}
+    whole = write_lines(tmp_path / "x.jsonl", [row])
+    write_lines(tmp_path / "other.jsonl", [row])
+    assert len(list(read_jsonl([tmp_path], ReaderOptions()).documents)) == 2
+    with pytest.raises(DataError, match="x.jsonl are one text twice"):
+        read_jsonl([tmp_path, whole], ReaderOptions())
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(whole.read_bytes()))
+    with pytest.raises(DataError, match="x.jsonl.gz and .*x.jsonl are one text twice"):
+        read_jsonl([tmp_path], ReaderOptions())
+    folder = write_wikipedia(tmp_path / "wiki", {"wiki_0": [doc_element("a")]}, TITLES)
+    (folder / "wiki_0.gz").write_bytes(gzip.compress((folder / "wiki_0").read_bytes()))
+    with pytest.raises(DataError, match="are one text twice"):
+        read_wikipedia([folder], ReaderOptions())
+
+
+def test_a_text_too_long_is_refused_before_it_is_linked(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "x.jsonl", [{"id": "1", "text": "Paris " * 9, "link": True}])
+    monkeypatch.setattr(files, "MAX_TEXT_CHARACTERS", 50)
+    with pytest.raises(DataError, match="'1': 54 characters"):  # there is no graph to link to
+        list(read_jsonl([path], ReaderOptions()).documents)
+    folder = write_wikipedia(tmp_path / "wiki", {"wiki_0": [doc_element("a" * 60)]}, TITLES)
+    with pytest.raises(DataError, match="characters, more than 50"):
+        list(read_wikipedia([folder], ReaderOptions()).documents)
+    monkeypatch.setattr(wikipedia, "MAX_LINE_CHARACTERS", 40)
+    with pytest.raises(DataError, match="wiki_0:1: longer than 40 characters"):
         list(read_wikipedia([folder], ReaderOptions()).documents)
 
 

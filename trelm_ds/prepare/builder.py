@@ -35,6 +35,7 @@ from trelm_ds.errors import ConfigError, DataError
 from trelm_ds.knowledge.transe import train_transe
 from trelm_ds.prepare.encode import (
     MIN_WINDOW_TOKENS,
+    batched,
     encode_names,
     encode_texts,
     spans_inside,
@@ -42,7 +43,7 @@ from trelm_ds.prepare.encode import (
     windows,
 )
 from trelm_ds.prepare.entities import IndexedGraph, Mentioned, index_graph, two_hop_counts
-from trelm_ds.prepare.files import check_span, check_text
+from trelm_ds.prepare.files import check_length, check_span, check_text
 from trelm_ds.prepare.long_tail import choose_band, free_words, rarity_ranks, word_types
 from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawProbe
 from trelm_ds.prepare.reader import ReaderOptions
@@ -59,8 +60,6 @@ from trelm_ds.prepare.vocabulary import (
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout")
-_BATCH_CHARACTERS = 1 << 18  # a token's encoding takes some hundred bytes
-_MAX_CHARACTERS = 1 << 22  # of a text, which is encoded whole: 1 GB, 3 GB of nothing but dots
 _PROGRESS = 20_000  # documents between two lines
 
 
@@ -237,11 +236,7 @@ class _Builder:
         where = f"document {document.doc!r}"
         check_text(document.text, where)
         check_text(document.doc, where)
-        if len(document.text) > _MAX_CHARACTERS:
-            raise DataError(
-                f"{where}: {len(document.text)} characters, more than {_MAX_CHARACTERS}: make it "
-                "several documents (of one id, they fall in one split)"
-            )
+        check_length(document.doc, document.text)
         for start, end, _ in document.spans:
             check_span(start, end, document.text, where)
         if document.heldout is None:
@@ -294,7 +289,7 @@ class _Builder:
     ) -> Iterator[tuple[bool, str, np.ndarray, np.ndarray, np.ndarray]]:
         """(heldout, doc, ids, spans, whole) of every window; spans in tokens without specials."""
 
-        def encode(batch):
+        for batch in batched(spool, lambda record: len(record[2])):
             encoded = encode_texts(tokenizer, [text for _, _, text, _ in batch])
             for (heldout, doc, text, spans), item in zip(batch, encoded, strict=True):
                 known = [(start, end, index[e]) for start, end, e in spans if e in index]
@@ -306,15 +301,6 @@ class _Builder:
                         continue
                     inside = spans_inside(rows, begin, end)
                     yield heldout, doc, item.ids[begin:end], inside, whole[begin:end]
-
-        batch, characters = [], 0
-        for record in spool:
-            batch.append(record)
-            characters += len(record[2])
-            if characters > _BATCH_CHARACTERS:
-                yield from encode(batch)
-                batch, characters = [], 0
-        yield from encode(batch)
 
     def _tokenize(
         self, documents: Spool, samples: Spool, tokenizer, index: dict[str, int]
@@ -340,14 +326,14 @@ class _Builder:
         samples.finish()
         self.num_samples = total
         ranks = rarity_ranks(word_counts, word_types(tokenizer))
-        rarest = []
+        rarest = np.zeros(ranks.max() + 1, np.int64)  # samples by the rank of their rarest word
         for heldout, _, ids, spans, whole in _unpacked(samples):
             if not heldout:
                 words = free_words(ids, whole, spans, ranks > 0)
-                rarest.append(ranks[ids[words]].min() if len(words) else 0)
-        if not rarest:
+                rarest[ranks[ids[words]].min() if len(words) else 0] += 1
+        if not rarest.any():
             raise DataError(f"{self.corpus.name}: its texts are shorter than any sample")
-        rare = (ranks > 0) & (ranks <= choose_band(np.asarray(rarest, np.int64)))
+        rare = (ranks > 0) & (ranks <= choose_band(rarest))
         return np.where(rare, word_counts, 0)
 
     def _write_shards(

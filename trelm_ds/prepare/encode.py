@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
+BATCH_CHARACTERS = 1 << 18  # a token's encoding takes some hundred bytes
 MIN_WINDOW_TOKENS = 4  # what is left over at a text's end below this is not worth a sample
 # A line break; a question or exclamation mark; or a full stop before something that can begin a
 # sentence ("e.g. this" does not). Closing quotes and brackets belong to the sentence. Blanks before
@@ -33,6 +37,24 @@ class EncodedText:
     def whole(self) -> np.ndarray:
         """bool [n]: the token is a whole word."""
         return self.starts & np.append(self.starts[1:], True)
+
+
+def batched(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """Lists of items that are encoded at once: each ends with the one that fills it.
+
+    Args:
+        items: texts, or what has one.
+        characters: how many an item's text has.
+    """
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += characters(item)
+        if total > BATCH_CHARACTERS:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 def encode_texts(tokenizer, texts: list[str]) -> list[EncodedText]:

@@ -15,6 +15,7 @@ from trelm_ds.errors import DataError
 
 # A Wikipedia article is well under 4 MiB; a gzip file can expand a thousandfold without a limit.
 MAX_LINE_CHARACTERS = 1 << 26
+MAX_TEXT_CHARACTERS = 1 << 22  # of a document, encoded whole: 1 GB, 3 GB of nothing but dots
 MAX_JSON_CHARACTERS = 1 << 30  # of a file that is one object
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open}
 _ENDINGS = ("", *_OPEN)
@@ -57,7 +58,7 @@ def expand(inputs: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
     """The files named by ``inputs``; of a folder, those with one of ``suffixes``, or compressed.
 
     Raises:
-        DataError: an input does not exist, or a folder holds no such file.
+        DataError: an input does not exist, a folder holds no such file, or ``once`` refuses.
     """
     wanted = tuple(suffix + ending for suffix in suffixes for ending in _ENDINGS)
     files: list[Path] = []
@@ -71,6 +72,21 @@ def expand(inputs: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
             files.append(path)
         else:
             raise DataError(f"{path}: no such file or folder")
+    return once(files)
+
+
+def once(files: list[Path]) -> list[Path]:
+    """``files``, unless one is named twice or there plain and compressed: it would count double.
+
+    Raises:
+        DataError: one is.
+    """
+    seen: dict[Path, Path] = {}
+    for path in files:
+        bare = path.resolve().with_name(bare_name(path.resolve()))
+        if bare in seen:
+            raise DataError(f"{path} and {seen[bare]} are one text twice: keep or name one of them")
+        seen[bare] = path
     return files
 
 
@@ -210,6 +226,15 @@ def check_text(text: str, where: str) -> str:
     except UnicodeEncodeError:
         raise DataError(f"{where}: holds a lone surrogate, which is not valid Unicode") from None
     return text
+
+
+def check_length(doc: str, text: str) -> None:
+    """Refuses a text that is too long to be linked and encoded whole."""
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise DataError(
+            f"document {doc!r}: {len(text)} characters, more than {MAX_TEXT_CHARACTERS}: make it "
+            "several documents (of one id, they fall in one split)"
+        )
 
 
 def check_id(text: str, where: str) -> str:

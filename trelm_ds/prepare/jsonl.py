@@ -11,7 +11,8 @@
   with null for it, the span's surface is linked: by exact (normalised) name or alias first, then
   by the nearest spelling; too far from every name, or ambiguous, it is NIL and no mention.
 - ``"link": true`` instead of ``spans`` finds the mentions too, by exact name or alias alone.
-- ``heldout``: optional; fixes the split, which else follows from ``id`` and the seed.
+- ``heldout``: optional; fixes the split of the record, which else follows from ``id`` and the seed:
+  all records of an ``id`` have it, or none.
 
 Other keys are ignored. The entities' names and the triples come from ``--graph``. Of several
 entities with one name the one in more triples is meant; as many is ambiguous. Counted in
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trelm_ds.errors import DataError
-from trelm_ds.prepare.files import check_id, check_span, expand, get, iter_jsonl
+from trelm_ds.prepare.files import check_id, check_length, check_span, expand, get, iter_jsonl
 from trelm_ds.prepare.linking import GraphLinker
 from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawGraph
 from trelm_ds.prepare.reader import ReaderOptions
@@ -60,6 +61,7 @@ def _documents(
         for where, record in iter_jsonl(file):
             text = get(record, "text", str, where)
             document = RawDocument(get(record, "id", str, where), text)
+            check_length(document.doc, text)  # before it is linked
             if "heldout" in record:
                 document.heldout = get(record, "heldout", bool, where)
             link = "link" in record and get(record, "link", bool, where)

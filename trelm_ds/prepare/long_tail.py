@@ -61,18 +61,16 @@ def free_words(
     return np.flatnonzero(free)
 
 
-def choose_band(rarest: np.ndarray) -> int:
+def choose_band(samples: np.ndarray) -> int:
     """How many candidates, from the rarest on, become long-tail words.
 
     Args:
-        rarest: int [samples] per training sample the lowest rank of its candidate words outside
-            mentions; 0 where it has none.
+        samples: int [ranks + 1] training samples by the lowest rank of their candidate words
+            outside mentions; in the first place those that have none.
 
     Returns:
         The largest rank of the band: the share of samples with a word of it is nearest to 20%.
         0: no band, since no sample has a candidate or even one candidate is in too many.
     """
-    ranks, samples = np.unique(rarest[rarest > 0], return_counts=True)
-    ranks, samples = np.append(0, ranks), np.append(0, samples)
-    share = np.cumsum(samples) / len(rarest)
-    return int(ranks[np.argmin(np.abs(share - TARGET_SHARE))])
+    share = (np.cumsum(samples) - samples[0]) / samples.sum()
+    return int(np.argmin(np.abs(share - TARGET_SHARE)))  # the first: ranks that add none are last

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trelm_ds.data.tokenizer import has_every_id, load_tokenizer
 from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.prepare.encode import batched
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ def train_wordpiece(texts: Callable[[], Iterable[str]], vocab_size: int = TRAINE
     # A longest match never reaches most of them; without them the same text has the same tokens.
     words = sorted(vocabulary, key=vocabulary.get)
     used = {*BERT_SPECIALS, *pieces}
-    encoder, remaining = _bert(words, lowercase=True).backend_tokenizer, iter(texts())
-    while batch := list(itertools.islice(remaining, 512)):
+    encoder = _bert(words, lowercase=True).backend_tokenizer
+    for batch in batched(texts(), len):
         for encoding in encoder.encode_batch(batch, add_special_tokens=False):
             used.update(encoding.tokens)
     return _bert([word for word in words if word in used], lowercase=True)
@@ -69,8 +70,8 @@ def prune_vocabulary(tokenizer, texts: Iterable[str], names: Iterable[str], min_
         tokenizer: fast BERT tokenizer.
         texts: of the corpus.
         names: their pieces are all kept, e.g. answers of probes.
-        min_count: uses in ``texts`` from which on a piece stays. Single characters stay from one
-            use on, so that a word of dropped pieces is spelled and not unknown.
+        min_count: uses in ``texts`` from which on a piece stays. Every character that a used piece
+            holds stays, so that a word of dropped pieces is spelled and not unknown.
 
     Raises:
         ConfigError: not a BERT tokenizer.
@@ -79,21 +80,22 @@ def prune_vocabulary(tokenizer, texts: Iterable[str], names: Iterable[str], min_
         raise ConfigError("--vocab_min_count prunes BERT vocabularies only")
     words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     counts = [0] * len(words)
-    kept = set(tokenizer.all_special_ids)
+    special = set(tokenizer.all_special_ids)
 
     def encoded(batch):
         return tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
 
-    texts = iter(texts)
-    while batch := list(itertools.islice(texts, 512)):
+    for batch in batched(texts, len):
         for ids in encoded(batch):
             for i in ids:
                 counts[i] += 1
+    kept = set(special)
     if names := list(names):
         kept.update(itertools.chain.from_iterable(encoded(names)))
     kept.update(i for i, count in enumerate(counts) if count >= min_count)
-    single = (i for i, word in enumerate(words) if len(word.removeprefix("##")) == 1)
-    kept.update(i for i in single if counts[i])
+    bare = [word.removeprefix("##") for word in words]
+    used = set().union(*(bare[i] for i, n in enumerate(counts) if n and i not in special))
+    kept.update(i for i, letter in enumerate(bare) if letter in used)
     lowercase = bool(tokenizer.init_kwargs.get("do_lower_case", True))
     return _bert([word for i, word in enumerate(words) if i in kept], lowercase)
 

@@ -32,13 +32,16 @@ from urllib.parse import unquote
 from trelm_ds.errors import DataError
 from trelm_ds.knowledge.linker import longest_matches, normalize
 from trelm_ds.prepare.files import (
+    MAX_LINE_CHARACTERS,
     bare_name,
+    check_length,
     first_line,
     get,
     is_wikidata_id,
     iter_columns,
     iter_jsonl,
     iter_lines,
+    once,
 )
 from trelm_ds.prepare.raw import RawCorpus, RawDocument, RawGraph, page_name
 from trelm_ds.prepare.reader import ReaderOptions
@@ -77,8 +80,8 @@ def _sort_out(inputs: list[Path]) -> tuple[list[Path], list[Path]]:
         else:
             raise DataError(f"{path}: no such file or folder")
     names = [(bare_name(path), path) for path in files]
-    articles = [path for name, path in names if _FILE.fullmatch(name)]
-    tables = [p for name, p in names if name.endswith(".tsv") or name == "anchor2id.txt"]
+    articles = once([path for name, path in names if _FILE.fullmatch(name)])
+    tables = once([p for name, p in names if name.endswith(".tsv") or name == "anchor2id.txt"])
     if not articles:
         raise DataError("wikipedia: no wiki_* file of WikiExtractor among the --input")
     if not tables:
@@ -123,14 +126,14 @@ def _articles(path: Path) -> Iterator[Article]:
 
 
 def _doc_elements(path: Path) -> Iterator[Article]:
-    where, page, title, lines = "", None, "", []
+    where, page, title, lines, length = "", None, "", [], 0
     for here, line in iter_lines(path):
         if page is None:
             if not line.strip():
                 continue
             if not (begin := _DOC.fullmatch(line)):
                 raise DataError(f"{here}: expected a JSON object or <doc id= url= title=>")
-            where, page, title, lines = here, begin[1], html.unescape(begin[2]), []
+            where, page, title, lines, length = here, begin[1], html.unescape(begin[2]), [], 0
         elif line.strip() == "</doc>":
             if lines and html.unescape(lines[0]).strip() == title:
                 lines = lines[1:]  # the title again
@@ -138,6 +141,9 @@ def _doc_elements(path: Path) -> Iterator[Article]:
             page = None
         else:
             lines.append(line)
+            length += len(line)
+            if length > MAX_LINE_CHARACTERS:  # as of an article on one line
+                raise DataError(f"{where}: longer than {MAX_LINE_CHARACTERS} characters")
     if page is not None:
         raise DataError(f"{where}: the article does not end: the file is cut short")
 
@@ -167,7 +173,7 @@ class _Linker:
         """The article as plain text, its links and their repetitions as mentions.
 
         Raises:
-            DataError: the article has no id.
+            DataError: the article has no id, or is too long.
         """
         if not page:
             raise DataError(f"{where}: the article has no id")
@@ -194,6 +200,7 @@ class _Linker:
                 start += len(whole) - len(whole.lstrip(_QUOTES))
                 document.spans.append((start, start + len(whole.strip(_QUOTES)), entity))
         document.text = "".join([*parts, _TAG.sub("", text[begin:])])
+        check_length(page, document.text)
         if entity := self._entity(title):  # whatever the links say
             owners[_key(page_name(title))] = document.about = entity
         names = {name: entity for name, entity in owners.items() if name and entity is not None}
