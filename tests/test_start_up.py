@@ -13,7 +13,7 @@ from trelm_ds.config import load_config
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.data.table_files import save_array
 from trelm_ds.distributed import World, cpu_group
-from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.errors import ConfigError, DataError, TrelmError
 from trelm_ds.start_up import check_knowledge, ensure_importance
 
 ALONE = World(0, 1, 0, "none")
@@ -90,6 +90,45 @@ def test_machines_with_copies_of_the_folder_score_it_for_all(tmp_path):
     assert one == two != before  # the tables of both, and both are scored
     assert all((folder / "tables" / "importance.json").exists() for folder in folders)
     assert not any(list((folder / "tables").glob(".*")) for folder in folders)
+
+
+def start_with(rank, world_size, folder, cases):
+    """What each of ``cases``, (data folder, model) by rank, begins to train or ends with."""
+    from integration.runs import make_trainer
+
+    found = []
+    for number, case in enumerate(cases):
+        data, model = case[rank]
+        own = {} if model is None else {"model__model_name_or_path": str(model)}
+        try:
+            make_trainer(data, folder / str(number), method="mlm", **own).engine.destroy()
+            found.append(None)
+        except TrelmError as error:
+            found.append((type(error).__name__, str(error), error.everywhere))
+    return found
+
+
+def test_a_rank_that_cannot_begin_stops_them_all(tmp_path):
+    for name in ("a", "b"):
+        write_tiny_corpus(tmp_path / name)
+    (tmp_path / "b" / "probe").mkdir(exist_ok=True)
+    (tmp_path / "b" / "probe" / "broken.jsonl").write_text("no JSON\n")
+    a, b, missing = (tmp_path / name for name in ("a", "b", "missing"))
+    cases = [
+        [(a, None), (a, None)],
+        [(a, None), (a, missing)],  # one node without the model
+        [(a, missing), (a, missing)],
+        [(a, None), (b, None)],
+    ]
+    one, two = run_ranks(start_with, 2, tmp_path, cases)
+    assert one == two
+    began, alone, alike, broken = one
+    says = f"model {missing}: no such folder (a local folder is needed)"
+    assert began is None
+    assert alone == ("ConfigError", f"rank 1: {says}", True)
+    assert alike == ("ConfigError", says, True)
+    assert broken[0] == "DataError" and broken[2] is True
+    assert broken[1].startswith("rank 1: ") and "broken.jsonl:1" in broken[1]
 
 
 def test_one_job_at_a_time_has_a_run_folder(tmp_path, monkeypatch):

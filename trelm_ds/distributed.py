@@ -200,21 +200,40 @@ def write_together(what: str, group=None):
         raise WriteError(f"{what}: {problem}", everywhere=True)
 
 
+@contextlib.contextmanager
+def agree(group=None):
+    """A block that fails on all ranks where it fails on one. Collective, and nothing in it may be.
+
+    A rank that raised alone would leave the others waiting for it in their next collective; ranks
+    that all raised, of a folder that is missing everywhere, would all say so.
+
+    Raises:
+        TrelmError: on all ranks: what the first that failed raised (an OSError as a DataError),
+            naming it unless all failed alike.
+    """
+    problem = None
+    try:
+        yield
+    except (TrelmError, OSError) as error:
+        if not has_peers():
+            raise
+        problem = error if isinstance(error, TrelmError) else DataError(str(error))
+    problems = gather_objects(problem, group)
+    rank = next((rank for rank, found in enumerate(problems) if found is not None), None)
+    if rank is not None:
+        first = problems[rank]
+        alike = all(str(found) == str(first) for found in problems)
+        raise type(first)(str(first) if alike else f"rank {rank}: {first}", everywhere=True)
+
+
 def together(work: Callable[[], object], group=None) -> list:
     """What ``work()`` returns on every rank, in rank order (as ``gather_objects``).
 
     Raises:
-        DataError: on all ranks alike, where the data or the file system fails one of them.
+        TrelmError: as ``agree``.
     """
-    value, problem = None, None
-    try:
+    with agree(group):
         value = work()
-    except (DataError, OSError) as error:
-        if not has_peers():
-            raise
-        problem = str(error)
-    if problem := first_problem(problem, group):
-        raise DataError(problem, everywhere=True)
     return gather_objects(value, group)
 
 

@@ -10,7 +10,7 @@ from trelm_ds.data.entity_samples import EntitySamples, index_entity_samples, is
 from trelm_ds.data.graph import graph_digest
 from trelm_ds.data.tables import tables_digest
 from trelm_ds.data.tokenizer import tokenizer_digest
-from trelm_ds.distributed import first_problem, gather_objects
+from trelm_ds.distributed import agree, gather_objects
 from trelm_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ def ensure_importance(model, config: Config, data_dir: Path, manifest: dict, wor
     if spans > IMPORTANCE_AUTO_LIMIT:
         raise DataError(
             f"{data_dir} is not scored: score its {spans} mentions first, "
-            f"python launch/prepare.py score --output {data_dir} --model MODEL_DIR"
+            f"python launch/prepare.py score --output {data_dir} --model MODEL_DIR",
+            everywhere=True,
         )
     from trelm_ds.knowledge.importance import score_importance
 
@@ -50,23 +51,19 @@ def check_knowledge(data_dir: Path, manifest: dict, world, group) -> str:
     Raises:
         DataError: on every rank, where any machine's files are others.
     """
-    digest, problem = None, None
-    if world.local_rank == 0:
-        try:
+    digest = None
+    with agree(group):
+        if world.local_rank == 0:
             for name, found in (
                 ("graph", graph_digest(data_dir)),
                 ("tokenizer", tokenizer_digest(data_dir)),
             ):
                 if manifest[name]["sha256"] != found:
-                    problem = f"{data_dir}/{name}: not the manifest's (sha256): corrupt or changed"
+                    raise DataError(
+                        f"{data_dir}/{name}: not the manifest's (sha256): corrupt or changed"
+                    )
             digest = tables_digest(data_dir)
-        except OSError as error:
-            problem = str(error)
-    looked = gather_objects((digest, problem), group)
-    for _, problem in looked:
-        if problem:
-            raise DataError(problem, everywhere=True)
-    digests = {digest for digest, _ in looked if digest is not None}
+    digests = {digest for digest in gather_objects(digest, group) if digest is not None}
     if len(digests) > 1:
         problem = f"{data_dir}/tables: not the same on every machine: copy one to all"
         raise DataError(problem, everywhere=True)
@@ -87,20 +84,14 @@ def ensure_entity_samples(
     if config.sampling.form == "natural":
         return None
     samples = manifest["splits"]["train"]["samples"]
-    problem = None
-    # One rank per machine, because the folder may be a copy on its disk.
-    if world.local_rank == 0 and not is_indexed(data_dir, manifest):
-        if samples > INDEX_AUTO_LIMIT:
-            problem = (
-                f"{data_dir}: index its {samples} samples by entity first, "
-                f"python launch/prepare.py index --output {data_dir}"
-            )
-        else:
+    with agree(group):
+        # One rank per machine, because the folder may be a copy on its disk.
+        if world.local_rank == 0 and not is_indexed(data_dir, manifest):
+            if samples > INDEX_AUTO_LIMIT:
+                raise DataError(
+                    f"{data_dir}: index its {samples} samples by entity first, "
+                    f"python launch/prepare.py index --output {data_dir}"
+                )
             logger.info("indexing %d samples by entity, once", samples)
-            try:
-                index_entity_samples(data_dir)
-            except (DataError, OSError) as error:
-                problem = str(error)
-    if problem := first_problem(problem, group):
-        raise DataError(problem, everywhere=True)
+            index_entity_samples(data_dir)
     return EntitySamples.load(data_dir)

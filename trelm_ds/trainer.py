@@ -36,6 +36,7 @@ from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.data.weights import WeightTables
 from trelm_ds.distributed import (
     World,
+    agree,
     cpu_group,
     first_problem,
     gather_vector,
@@ -126,12 +127,13 @@ class Trainer:
         refuse_unsupported(config, stage)
         if config.routing.form == "block" and not config.decoding.enabled and world.is_main:
             logger.info("routing.form block: without decoding nothing is scored, blocks take turns")
-        self.manifest = load_manifest(self.data_dir)
-        self.graph = KnowledgeGraph.load(self.data_dir)
-        self.tables = KnowledgeTables.load(self.data_dir)
-        torch.manual_seed(config.train.seed)  # equal initial weights on all ranks
-        self.model = TrelmModel.build(config, self.data_dir, self.graph, self.tables)
-        self.model.to(device)
+        with agree(self.control):
+            self.manifest = load_manifest(self.data_dir)
+            self.graph = KnowledgeGraph.load(self.data_dir)
+            self.tables = KnowledgeTables.load(self.data_dir)
+            torch.manual_seed(config.train.seed)  # equal initial weights on all ranks
+            self.model = TrelmModel.build(config, self.data_dir, self.graph, self.tables)
+            self.model.to(device)
         ensure_importance(self.model, config, self.data_dir, self.manifest, world, self.control)
         self.tables = KnowledgeTables.load(self.data_dir)
         self._tables_digest = check_knowledge(self.data_dir, self.manifest, world, self.control)
@@ -142,19 +144,21 @@ class Trainer:
                 self.graph.num_entities,
                 config.sampling.refresh_steps,
             )
-        self.loader = StepLoader(
-            config,
-            self.data_dir,
-            rank=world.rank,
-            world_size=world.size,
-            graph=self.graph,
-            tables=self.tables,
-            verify=world.local_rank == 0,  # once per machine
-            entity_samples=ensure_entity_samples(
-                config, self.data_dir, self.manifest, world, self.control
-            ),
-            weights=weights,
+        entity_samples = ensure_entity_samples(
+            config, self.data_dir, self.manifest, world, self.control
         )
+        with agree(self.control):
+            self.loader = StepLoader(
+                config,
+                self.data_dir,
+                rank=world.rank,
+                world_size=world.size,
+                graph=self.graph,
+                tables=self.tables,
+                verify=world.local_rank == 0,  # once per machine
+                entity_samples=entity_samples,
+                weights=weights,
+            )
         self.sampling = None
         if weights is not None:
             self.sampling = KnowledgeSampling(
@@ -222,10 +226,11 @@ class Trainer:
             device,
             self.control,
         )
-        self.heldout = heldout_batches(
-            config, self.data_dir, world.rank, world.size, self.graph, self.tables
-        )
-        self.probes = load_probes(self.data_dir, self.model, limit=config.train.eval_probes)
+        with agree(self.control):
+            self.heldout = heldout_batches(
+                config, self.data_dir, world.rank, world.size, self.graph, self.tables
+            )
+            self.probes = load_probes(self.data_dir, self.model, limit=config.train.eval_probes)
 
     # -- construction ---------------------------------------------------------------------------
 
@@ -242,14 +247,15 @@ class Trainer:
     def _build_bank(self) -> MemoryBank | None:
         if not self.config.memory.enabled:
             return None
-        require_memory(
-            self.loader.num_keys,
-            self.model.hidden_size,
-            self.world.size,
-            mentions_per_step(self.config),
-            self.config.memory.virtual_shards,
-            self.config.memory.max_gib,
-        )
+        with agree(self.control):
+            require_memory(
+                self.loader.num_keys,
+                self.model.hidden_size,
+                self.world.size,
+                mentions_per_step(self.config),
+                self.config.memory.virtual_shards,
+                self.config.memory.max_gib,
+            )
         on_cpu = self.config.memory.device == "cpu" or self.device.type == "cpu"
         bank = MemoryBank(
             self.loader.num_keys,
