@@ -267,7 +267,8 @@ def _write_probes(folder, facts, kept_out, entity_names, frequency) -> None:
             "answer": answer,
             "set": "template",
             "tail": bool(frequency[head] < mean),
-            "graph_only": bool(withheld),
+            "graph_only": False,
+            "text_only": bool(withheld),
         }
         rows.setdefault(row["relation"], []).append(json.dumps(row))
     for relation, lines in rows.items():

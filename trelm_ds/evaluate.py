@@ -19,7 +19,7 @@ from trelm_ds.losses import mlm_losses
 from trelm_ds.prepare.files import iter_jsonl, iter_lines
 
 MASK = "[MASK]"  # what probe files write, whatever the tokenizer's mask token
-SPLITS = ("all", "tail", "graph_only", "template", "context")
+SPLITS = ("all", "tail", "graph_only", "text_only", "template", "context")
 # Facts that settings may be chosen by, and those that results are reported on: disjoint parts of
 # "all". `report_tail` and so on are the reported facts of each split.
 PARTS = ("select", "report", *(f"report_{name}" for name in SPLITS[1:]))
@@ -184,6 +184,8 @@ def _read_records(path: Path) -> Iterator[dict]:
         for name, kind in _FIELDS.items():
             if type(record.get(name)) is not kind:
                 raise DataError(f"{where}: {name!r} is missing or not {kind.__name__}")
+        if not isinstance(record.get("text_only", False), bool):  # folders before it have none
+            raise DataError(f"{where}: 'text_only' is not bool")
         if record["text"].count(MASK) != 1:
             raise DataError(f"{where}: the text must hold {MASK} exactly once")
         if record["set"] not in ("template", "context"):
@@ -230,7 +232,7 @@ def _probe_rows(records, tokenizer, candidates, max_length) -> tuple[list[ProbeR
             skipped["too_long"] += 1
         else:
             splits = ["all", record["set"]]
-            splits += [name for name in ("tail", "graph_only") if record[name]]
+            splits += [name for name in ("tail", "graph_only", "text_only") if record.get(name)]
             if is_selection_fact(record):
                 splits.append("select")
             else:

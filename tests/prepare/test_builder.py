@@ -314,6 +314,7 @@ def test_withheld_facts_unknown_ids_and_missing_names(tmp_path, caplog):
         triples=[
             *(("Q1", "P1", "Q2"), ("Q1", "P2", "Q2"), ("Q1", "P1", "Q3"), ("Q1", "P1", "Q4")),
             ("Q5", "P1", "Q6"),
+            *(("Q2", "P1", "Q1"), ("Q2", "P1", "Q3")),
         ],
         withheld=[("Q1", "P1", "Q2")],
     )
@@ -322,7 +323,7 @@ def test_withheld_facts_unknown_ids_and_missing_names(tmp_path, caplog):
     ids = {"One": "Q1", "Two": "Q2", "Three": "Q3", "Four": "Q77", "Five": "own:5"}
     spans = [(text.index(word), text.index(word) + len(word), i) for word, i in ids.items()]
     probes = [
-        RawProbe("P1", "Q1", "Q2", odd, "Two"),
+        RawProbe("P1", "Q1", "Q2", odd, "Two", text_only=True),
         RawProbe("P1", None, "Q3", "nobody [MASK]", "Three"),
         RawProbe("P1", "Q1", "Q99", "One [MASK]", "Nine"),
     ]
@@ -337,15 +338,17 @@ def test_withheld_facts_unknown_ids_and_missing_names(tmp_path, caplog):
     # Q3 is named by the text, Q77 is new, own:5 is no id of a graph, Q4 has no name anywhere.
     assert names == {"Q1": "One", "Q2": "Two", "Q3": "Three", "Q77": "Four"}
     index = loaded.entity_ids.index
-    assert loaded.relation_names == ["next", "P2"]
+    # What the withheld fact joins is joined by no other triple, in either direction.
+    assert loaded.relation_names == ["next"]
     assert loaded.triples.tolist() == sorted(
-        [[index("Q1"), 0, index("Q3")], [index("Q1"), 1, index("Q2")]]
+        [[index("Q1"), 0, index("Q3")], [index("Q2"), 0, index("Q3")]]
     )
     assert loaded.withheld.tolist() == [[index("Q1"), 0, index("Q2")]]
     assert ("Deux", index("Q2")) in loaded.aliases
     lines = (tmp_path / "d" / "probe" / "template.jsonl").read_text().strip().split("\n")
     rows = [json.loads(line) for line in lines]
     assert rows[0]["text"] == odd and len(rows) == 2
+    assert [row["text_only"] for row in rows] == [True, False]
     assert [(r["subject_id"], r["object_id"]) for r in rows] == [("Q1", "Q2"), (None, "Q3")]
     assert [(r["subject"], r["object"], r["answer"]) for r in rows] == [
         (index("Q1"), index("Q2"), "Two"),

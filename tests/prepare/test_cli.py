@@ -51,6 +51,8 @@ def run(main, argv, capsys):
         (["sample", "--output", "OUT", "--limit", "5"], "sample: takes no --limit"),
         (["sample", "--output", "OUT", "--heldout_fraction", "0.5"], "no --heldout_fraction"),
         (["sample", "--output", "OUT", "--graph_only_fraction", "0"], "trex alone"),
+        (["jsonl", "--input", "IN", "--output", "OUT", "--text_only_fraction", "0"], "trex alone"),
+        (["trex", "--input", "IN", "--output", "OUT", "--text_only_fraction", "1"], "in [0, 1)"),
         (["jsonl", "--input", "IN", "--output", "OUT", "--also", "rebel=IN"], "trex alone"),
         (["trex", "--input", "IN", "--output", "OUT"], "must be one folder"),
         (["verify", "--output", "OUT"], "not found"),
@@ -157,7 +159,7 @@ def test_help_of_a_kind_has_what_the_kind_uses_with_defaults(capsys):
             prepare([kind, "--help"])
         said[kind] = " ".join(capsys.readouterr().out.split())
     assert [kind for kind in READERS if "--input PATH" not in said[kind]] == ["sample"]
-    for flag in ("--also", "--graph_only_fraction"):
+    for flag in ("--also", "--graph_only_fraction", "--text_only_fraction"):
         assert [kind for kind in READERS if flag in said[kind]] == ["trex"]
     for text in ("default 128", "default 42", "default 0.05", "default 100", "default 50"):
         assert text in said["jsonl"]

@@ -118,6 +118,22 @@ def test_trex_keeps_graph_only_facts_out_of_every_text(tmp_path):
     assert {p.subject for p in other.probes if p.graph_only} != only
 
 
+def test_trex_withholds_text_only_facts_from_its_graph(tmp_path):
+    folder = write_trex(tmp_path, people(200))
+    held = {"heldout_fraction": 0.1, "graph_only_fraction": 0.2}
+    before = read_trex([folder], ReaderOptions(**held))
+    assert not before.graph.withheld and not any(p.text_only for p in before.probes)
+    corpus = read_trex([folder], ReaderOptions(**held, text_only_fraction=0.3))
+    assert corpus.documents == before.documents  # the texts stay
+    only = {p.subject for p in corpus.probes if p.text_only}
+    assert 30 < len(only) < 70 and not only & {p.subject for p in corpus.probes if p.graph_only}
+    assert {p.subject for p in corpus.probes if p.set == "context" and p.text_only} <= only
+    assert sorted(corpus.graph.triples + corpus.graph.withheld) == sorted(before.graph.triples)
+    assert {head for head, _, _ in corpus.graph.withheld} == only
+    assert not only & {head for head, _, _ in corpus.graph.triples}
+    assert corpus.counts["text_only_facts"] == len(corpus.graph.withheld)
+
+
 def test_trex_drops_sentences_that_name_both_ends_of_a_graph_only_fact(tmp_path):
     rows = people(60)
     # Evidence of another person's fact, yet it also tells where Ann0 ... Ann59 were born.

@@ -41,6 +41,7 @@ METRICS = (
     Metric("eval/report_p1", "P@1 all"),
     Metric("eval/report_p1_tail", "P@1 long tail"),
     Metric("eval/report_p1_graph_only", "P@1 graph-only"),
+    Metric("eval/report_p1_text_only", "P@1 text-only"),
     Metric("eval/report_p1_template", "P@1 templates"),
     Metric("eval/report_p1_context", "P@1 held-out sentences"),
 )

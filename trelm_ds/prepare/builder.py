@@ -434,4 +434,5 @@ def probe_rows(
             "set": probe.set,
             "tail": bool(subject >= 0 and frequency[subject] <= median),
             "graph_only": probe.graph_only,
+            "text_only": probe.text_only,
         }

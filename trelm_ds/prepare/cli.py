@@ -88,6 +88,15 @@ def _build_parser() -> argparse.ArgumentParser:
             else argparse.SUPPRESS,
         )
         kind.add_argument(
+            "--text_only_fraction",
+            type=float,
+            metavar="X",
+            help="share of the other subjects whose facts the graph does not have, so that only "
+            f"texts teach them; default {defaults.text_only_fraction:g}"
+            if holds_back
+            else argparse.SUPPRESS,
+        )
+        kind.add_argument(
             "--graph",
             action="append",
             default=[],
@@ -240,17 +249,19 @@ def _prepare_corpus(args: argparse.Namespace) -> str:
         raise ConfigError("--vocab_min_count: name the vocabulary with --vocab")
     if not args.input and args.kind != "sample":
         raise ConfigError(f"{args.kind}: --input is needed")
-    if args.graph_only_fraction is None:
-        args.graph_only_fraction = ReaderOptions.graph_only_fraction
-    elif args.kind != "trex":
-        raise ConfigError("--graph_only_fraction: trex alone holds facts back from its texts")
+    held_back = {}
+    for name, where in (("graph_only_fraction", "its texts"), ("text_only_fraction", "its graph")):
+        if getattr(args, name) is not None:
+            if args.kind != "trex":
+                raise ConfigError(f"--{name}: trex alone holds facts back from {where}")
+            held_back[name] = getattr(args, name)
     if args.also and args.kind != "trex":
         raise ConfigError("--also: trex alone takes other corpora beside it")
     check_output(args.output, args.overwrite)  # before minutes of reading
     reading = ReaderOptions(
         seed=args.seed,
         heldout_fraction=args.heldout_fraction,
-        graph_only_fraction=args.graph_only_fraction,
+        **held_back,
         limit=args.limit,
         vocab=args.vocab,
     )

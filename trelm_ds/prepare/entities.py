@@ -124,7 +124,14 @@ def index_graph(
                 yield head, relation, tail
 
     withheld = dict.fromkeys(usable(graph.withheld))
-    triples = dict.fromkeys(t for t in usable(graph.triples) if t not in withheld)
+    # Another graph has other names for a relation, and maybe its inverse.
+    apart = {ends for head, _, tail in withheld for ends in ((head, tail), (tail, head))}
+    triples = {}
+    for triple in usable(graph.triples):
+        if (triple[0], triple[2]) in apart:
+            counts["triple_of_withheld_ends"] += 1
+        else:
+            triples[triple] = None
     kept = {entity for entity in known if name_of(entity)}
     for head, _, tail in (*triples, *withheld):
         kept.update((head, tail))

@@ -49,8 +49,8 @@ class RawGraph:
     """Triples (head id, relation id, tail id) and the names of their parts.
 
     Attributes:
-        withheld: facts kept out of injection, TransE and decoding (probes of facts that only
-            text may teach).
+        withheld: facts that only the texts may teach: kept out of injection, TransE, knowledge
+            rows and decoding, with whatever else the graph says of their two ends.
     """
 
     entities: dict[str, RawEntity] = field(default_factory=dict)
@@ -98,6 +98,7 @@ class RawProbe:
     Attributes:
         set: ``template`` (a template applied to a fact) or ``context`` (a real sentence).
         graph_only: the fact occurs in the graph but in no training text.
+        text_only: the fact is withheld from the graph.
     """
 
     relation: str
@@ -107,6 +108,7 @@ class RawProbe:
     answer: str
     set: str = "template"
     graph_only: bool = False
+    text_only: bool = False
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ class ReaderOptions:
     Attributes:
         heldout_fraction: share of documents whose text is held out.
         graph_only_fraction: share of subjects whose facts only the graph may teach (trex).
+        text_only_fraction: share of the other subjects whose facts only the texts may (trex).
         limit: stop after so many documents (trex: facts); None reads everything.
         vocab: ``--vocab``; the original ERNIE files need it to decode their token ids.
         graph: the merged graph of ``--graph``; linking readers find mentions by its names.
@@ -24,12 +25,13 @@ class ReaderOptions:
     seed: int = 42
     heldout_fraction: float = 0.05
     graph_only_fraction: float = 0.1
+    text_only_fraction: float = 0.0
     limit: int | None = None
     vocab: Path | None = None
     graph: RawGraph = field(default_factory=RawGraph)
 
     def __post_init__(self):
-        for name in ("heldout_fraction", "graph_only_fraction"):
+        for name in ("heldout_fraction", "graph_only_fraction", "text_only_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be in [0, 1)")
         if self.limit is not None and self.limit < 1:
@@ -44,3 +46,9 @@ class ReaderOptions:
     def is_graph_only(self, subject: str) -> bool:
         """Whether no training text may state this subject's facts."""
         return chosen(subject, self.graph_only_fraction, self.seed, "graph_only")
+
+    def is_text_only(self, subject: str) -> bool:
+        """Whether this subject's facts are withheld from the graph."""
+        return not self.is_graph_only(subject) and chosen(
+            subject, self.text_only_fraction, self.seed, "text_only"
+        )

@@ -113,15 +113,15 @@ def collect(folder: Path, manifest: dict) -> tuple[np.ndarray, dict]:
 
 
 def _count_probes(folder: Path) -> dict:
-    """Records by set, and of them the long-tail and the graph-only ones."""
+    """Records by set, and of them the long-tail, graph-only and text-only ones."""
     sets: dict[str, Counter[str]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for where, record in iter_jsonl(path):
             try:
-                counter = sets.setdefault(record["set"], Counter(all=0, tail=0, graph_only=0))
-                counter.update(
-                    all=1, tail=int(record["tail"]), graph_only=int(record["graph_only"])
-                )
+                counter = sets.setdefault(record["set"], Counter(all=0))
+                counter["all"] += 1
+                for name in ("tail", "graph_only", "text_only"):
+                    counter[name] += int(record.get(name, False))
             except (ValueError, KeyError, TypeError):
                 raise DataError(f"{where}: not a probe record: {str(record)[:80]}") from None
     return {name: dict(counter) for name, counter in sets.items()}

@@ -15,6 +15,7 @@ The input folder holds ``relations.jsonl``, ``trex/P*.jsonl`` and, if there,
   punctuation fall on the same side.
 - Graph-only facts: all facts of a seeded share of the subjects stay in the graph, and no text may
   state them: their evidence is dropped, and so is every sentence that names or links both ends.
+- Text-only facts: all facts of a seeded share of the other subjects are withheld from the graph.
 - Probes: one ``template`` probe per fact (answer: the object's label) and one ``context`` probe per
   fact and held-out or dropped sentence (answer: the surface that was masked).
 """
@@ -145,7 +146,8 @@ def read_trex(inputs: list[Path], options: ReaderOptions) -> RawCorpus:
     counts["sentences"] = len(sentences.spans)
 
     graph.relations = {relation: names[relation] for _, relation, _ in answers}
-    graph.triples = list(answers)
+    for fact in answers:
+        (graph.withheld if options.is_text_only(fact[0]) else graph.triples).append(fact)
     for entity, label in labels.items():
         graph.name_entity(entity, label)
         for surface in sorted(surfaces[entity]):
@@ -160,10 +162,13 @@ def read_trex(inputs: list[Path], options: ReaderOptions) -> RawCorpus:
         text = templates[fact[1]].replace("[X]", labels[fact[0]]).replace("[Y]", MASK)
         corpus.probes.append(
             RawProbe(
-                fact[1], fact[0], fact[2], text, answer, graph_only=options.is_graph_only(fact[0])
+                *(fact[1], fact[0], fact[2], text, answer),
+                graph_only=options.is_graph_only(fact[0]),
+                text_only=options.is_text_only(fact[0]),
             )
         )
         counts["graph_only_facts"] += options.is_graph_only(fact[0])
+        counts["text_only_facts"] += options.is_text_only(fact[0])
 
     asked: set[tuple[str, str]] = set()
     for text, spans in sentences.spans.items():
@@ -185,7 +190,10 @@ def read_trex(inputs: list[Path], options: ReaderOptions) -> RawCorpus:
             if (question, answer) not in asked:  # two relations may ask the same
                 asked.add((question, answer))
                 corpus.probes.append(
-                    RawProbe(fact[1], fact[0], fact[2], question, answer, "context", graph_only)
+                    RawProbe(
+                        *(fact[1], fact[0], fact[2], question, answer, "context", graph_only),
+                        text_only=options.is_text_only(fact[0]),
+                    )
                 )
 
     @functools.cache  # an index of all sentences: for a document of another corpus alone
