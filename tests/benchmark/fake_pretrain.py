@@ -1,7 +1,8 @@
 """Stands in for ``launch/pretrain.py``: the same flags, files, signals and exit codes, no model.
 
 Its P@1 grows with the steps, most at learning rate 0.002. The learning rate makes it fail: above
-0.1 it diverges, above 10 it refuses its input, above 100 it crashes.
+0.1 it diverges, above 10 it refuses its input, above 100 it crashes. `FAKE_WAITS_FOR=RUN:OTHER`
+makes RUN slow.
 """
 
 import json
@@ -26,6 +27,13 @@ if rate > 10:
     sys.exit(2)
 
 time.sleep(float(os.environ.get("FAKE_IMPORTS_S", 0)))
+run, _, other = os.environ.get("FAKE_WAITS_FOR", "").partition(":")
+if run and str(output).endswith(run):  # it ends only after the other has begun
+    deadline = time.monotonic() + 60
+    while not (output.parents[2] / other / "metrics.jsonl").exists():
+        if time.monotonic() > deadline:
+            sys.exit("the other never began")
+        time.sleep(0.02)
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 checkpoint = output / "checkpoints" / "state"

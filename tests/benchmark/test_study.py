@@ -98,6 +98,19 @@ def test_the_grid_is_searched_with_one_seed_and_the_best_rate_gets_the_others(st
     assert not list(declared.folder.rglob("checkpoints"))  # of finished runs
 
 
+def test_no_core_waits_for_the_last_run_of_the_grid(study, starts, monkeypatch):
+    monkeypatch.setenv("FAKE_WAITS_FOR", "b/lr_0.002/seed_1:a/lr_0.002/seed_3")
+    declared = study(seeds=(1, 2, 3))
+    declared.race = Race(["a"], 0.1)
+    assert declared.run(StopRequest(), parallel=2)
+    begun = starts()
+    assert set(begun[:4]) == {f"{arm}/lr_{r}/seed_1" for arm in "ab" for r in (0.001, 0.002)}
+    # `a` is through its grid, and the rate that ends best is its own whatever `b` does.
+    assert begun[4:6] == ["a/lr_0.002/seed_2", "a/lr_0.002/seed_3"]
+    assert sorted(begun[6:]) == ["b/lr_0.002/seed_2", "b/lr_0.002/seed_3"]
+    assert [run.state for run in declared.rest()] == ["finished"] * 4
+
+
 def test_a_race_adds_the_rate_that_is_first_at_the_target(study, starts):
     """`a` sets the target with the rate that ends best; `b` is there first with another one."""
     rates = (0.001, 0.002, 0.004, 1.0)

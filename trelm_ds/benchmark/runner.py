@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,23 +190,40 @@ class Runner:
         self.lock = lock
         self._wall: list[float] = []  # seconds of runs, resumed ones since their resumption
 
-    def run(self, runs: Sequence[Run], later: int = 0) -> bool:
+    def run(
+        self,
+        runs: Sequence[Run],
+        later: int = 0,
+        then: Callable[[], Sequence[Run]] = tuple,
+    ) -> bool:
         """Brings every run to its end.
 
         Args:
             runs: in the order in which they start; finished ones are passed over.
-            later: runs known to follow this call, for the estimate of the time left.
+            later: runs expected to follow these, for the estimate of the time left.
+            then: asked for more whenever a run has ended, so that no slot waits for the last of
+                ``runs``; what it has named before is passed over.
         Returns:
             False when it was stopped on request: the runs under way wrote checkpoints.
         Raises:
             ConfigError: a run refuses its settings or its data.
             RunFailed: a run ended with an error that is not divergence.
         """
-        for run in runs:
-            declare(run)
-        waiting = deque(run for run in runs if run.state != "finished")
-        if len(waiting) < len(runs):
-            logger.info("%d of %d runs are already finished", len(runs) - len(waiting), len(runs))
+        known: dict[Path, Run] = {}
+        waiting: deque[Run] = deque()
+
+        def add(runs: Sequence[Run]) -> int:
+            new = [run for run in runs if run.folder not in known]
+            for run in new:
+                declare(run)
+                known[run.folder] = run
+            waiting.extend(run for run in new if run.state != "finished")
+            return len(new)
+
+        add(runs)
+        later -= add(then())
+        if len(waiting) < len(known):
+            logger.info("%d of %d runs are already finished", len(known) - len(waiting), len(known))
         under_way: dict[int, tuple[Run, subprocess.Popen, float]] = {}
         told = time.monotonic()
         try:
@@ -227,13 +244,14 @@ class Runner:
                     del under_way[slot]
                     if not self._ended(run, process.returncode, time.monotonic() - started):
                         self.stop.requested = True  # somebody stopped the run: stop the study
-                    self._tell(under_way, len(waiting) + later)
+                    later -= add(then())
+                    self._tell(under_way, len(waiting) + max(0, later))
                 if time.monotonic() - told > TELL_S:
                     told = time.monotonic()
                     for run, _, _ in under_way.values():
                         logger.info("  %s: %s", run.name, _progress(run))
-                    self._tell(under_way, len(waiting) + later)
-            return all(run.state == "finished" for run in runs)
+                    self._tell(under_way, len(waiting) + max(0, later))
+            return all(run.state == "finished" for run in known.values())
         finally:
             for _, process, _ in under_way.values():  # after an error or a second Ctrl-C
                 process.kill()

@@ -11,7 +11,7 @@ import fcntl
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -241,16 +241,19 @@ class Study:
         """By ``select_by`` at the end of the runs.
 
         Ties go to the lower held-out MLM loss, then to the smaller rate; a rate at which the arm
-        diverged is out, and so is an arm that diverged at all of them.
+        diverged is out, and so is an arm that diverged at all of them, or is not through its grid.
         """
         best = {}
         for budget in self.budgets:
             for arm in self.arms:
+                runs = [self.declare(arm, r, self.seeds[0], budget) for r in self.learning_rates]
+                if any(run.state != "finished" for run in runs):
+                    continue
                 scored = []
-                for rate in self.learning_rates:
-                    result = self.declare(arm, rate, self.seeds[0], budget).result()
+                for run in runs:
+                    result = run.result()
                     if result["status"] == "done":
-                        scored.append((*self._score(result), rate))
+                        scored.append((*self._score(result), run.learning_rate))
                 if scored:
                     best[arm.name, budget.size] = min(scored)[-1]
                 else:
@@ -270,18 +273,29 @@ class Study:
         return sign * value, math.inf if loss is None else loss
 
     def _rest(self) -> list[tuple[Budget, Run]]:
-        best = self.best_rates()
+        return self._other_seeds(self.best_rates())
+
+    def _other_seeds(self, rates: Mapping[tuple[str, float], Sequence[float]]):
         return [
             (budget, self.declare(arm, rate, seed, budget))
             for seed in self.seeds[1:]
             for budget in self.budgets
             for arm in self.arms
-            for rate in best.get((arm.name, budget.size), ())
+            for rate in rates.get((arm.name, budget.size), ())
         ]
 
     def rest(self) -> list[Run]:
         """The other seeds at each arm's best rates, seed after seed, arms inside."""
         return [run for _, run in self._rest()]
+
+    def _following(self) -> list[Run]:
+        """``rest`` as far as it is certain. An arm that is through its grid has the rate that ends
+        best, whatever the others do; the one that is first at their targets has to wait for them.
+        """
+        if all(run.state == "finished" for run in self.grid()):
+            return self.rest()
+        best = self._best_at_the_end()
+        return [run for _, run in self._other_seeds({key: (rate,) for key, rate in best.items()})]
 
     def chosen(self) -> list[Run]:
         """The finished runs of the largest budget at the rate that ends best, every seed."""
@@ -344,7 +358,7 @@ class Study:
                 return False
             if not self._score_mentions(runner):
                 return False
-            return runner.run(self.grid(), later=self._later) and runner.run(self.rest())
+            return runner.run(self.grid(), later=self._later, then=self._following)
 
     def _check_conditions(self, cores: int, deepspeed: Path | None) -> None:
         """What ``request.json`` does not say and every run has to share, kept in ``study.json``."""
