@@ -17,7 +17,7 @@ from pathlib import Path
 from trelm_ds import stack_dump
 from trelm_ds.arguments import parse_arguments
 from trelm_ds.checkpoint import checkpoint_folders
-from trelm_ds.config import Config
+from trelm_ds.config import FROM_SCRATCH, Config
 from trelm_ds.distributed import (
     World,
     barrier,
@@ -209,12 +209,16 @@ def _refuse_unshared(output: Path, world: World) -> None:
         )
 
 
-def _write_records(config: Config, ds_config: dict) -> None:
+def _write_records(config: Config, ds_config: dict, backbone) -> None:
+    """What the run was asked for, and what it runs on: a model that was loaded has a shape of its
+    own (``backbone``, its Hugging Face configuration), whatever the keys for one from scratch say.
+    """
     from trelm_ds import environment
 
     output = Path(config.train.output_dir)
     config.save(output / "config.json")
-    record = environment.describe() | {"deepspeed_config": ds_config}
+    shape = {key: getattr(backbone, key) for key in ("vocab_size", *FROM_SCRATCH)}
+    record = environment.describe() | {"deepspeed_config": ds_config, "backbone": shape}
     (output / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -292,7 +296,7 @@ def _run(argv: list[str], stop) -> int:
     trainer.resume()
     with write_together(f"{output} cannot be written"):
         if world.is_main:
-            _write_records(config, ds_config)
+            _write_records(config, ds_config, trainer.model.backbone.config)
     if trainer.done:
         logger.info("%s is already complete at step %d", output, trainer.state.step)
         complete = True

@@ -64,6 +64,9 @@ def test_the_main_command_on_two_ranks_with_tensorboard(repo, data_dir, tmp_path
     output = tmp_path / "run"
     for name in ("config.json", "environment.json", "metrics.jsonl", "curves.png"):
         assert (output / name).is_file(), name
+    backbone = json.loads((output / "environment.json").read_text())["backbone"]
+    asked = json.loads((output / "config.json").read_text())["model"]
+    assert backbone["hidden_size"] == asked["hidden_size"] and backbone["vocab_size"] > 0
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [r["step"] for r in rows if "train/loss" in r]
     assert steps == [1, 2, 3]
