@@ -12,7 +12,7 @@ from integration.runs import full_parameters, make_trainer
 from multiprocess import run_ranks
 from tiny_corpus import write_tiny_corpus
 
-from trelm_ds import pretrain
+from trelm_ds import files, pretrain
 from trelm_ds.checkpoint import (
     LATEST,
     MANIFEST,
@@ -184,7 +184,6 @@ DAMAGE = {
     "no manifest": lambda f: (f / MANIFEST).unlink(),
     "an unreadable manifest": lambda f: (f / MANIFEST).write_text("[]"),
     "a manifest without sizes": lambda f: _without_sizes(f / MANIFEST),
-    "a file nobody wrote": lambda f: (f / "extra.pt").write_bytes(b"x"),
 }
 
 
@@ -201,6 +200,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run_dir, damage, caplog):
     with pytest.raises(CheckpointError, match="no intact checkpoint") as caught:
         checkpointer(run_dir).find("latest")
     assert caught.value.everywhere
+
+
+def test_a_file_nobody_saved_is_named_and_costs_no_steps(run_dir):
+    stray = run_dir / "checkpoints" / "step_00000004" / "extra.pt"
+    stray.write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=f"{stray} is no file of this checkpoint"):
+        checkpointer(run_dir).find("latest")
+    with pytest.raises(CheckpointError, match="extra.pt"):
+        load_model_state(stray.parent)
+    stray.unlink()
+    assert checkpointer(run_dir).find("latest").name == "step_00000004"
 
 
 def test_another_runs_checkpoint_is_refused_by_all_ranks_at_once(run_dir):
@@ -429,10 +439,18 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(run_dir, monkeypatch):
 
     whole = checkpoint.file_sha256
 
-    def bad_sector(path):
-        if "step_00000004" in str(path) and path.name.startswith("rng"):
-            raise OSError(5, "Input/output error")
+    waited, moments = [], 2
+
+    def bad_moment(path):
+        if "step_00000004" in str(path) and len(waited) < moments:
+            raise OSError(116, "Stale file handle")
         return whole(path)
 
-    monkeypatch.setattr(checkpoint, "file_sha256", bad_sector)
+    monkeypatch.setattr(checkpoint, "file_sha256", bad_moment)
+    monkeypatch.setattr(files.time, "sleep", waited.append)
+    assert checkpointer(run_dir).find("latest").name == "step_00000004"
+    assert waited == list(files.READ_WAITS_S[:2])
+    waited.clear()
+    moments = 99  # a bad sector
     assert checkpointer(run_dir).find("latest").name == "step_00000002"
+    assert waited == list(files.READ_WAITS_S)

@@ -64,6 +64,22 @@ def test_a_resumed_run_takes_the_version_that_was_in_use(tmp_path):
     assert hard._table.version == 4
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_resumed_run_forgets_tables_that_are_not_of_its_past(tmp_path, own):
+    write_tiny_corpus(tmp_path, entities=60)
+    graph, tables = KnowledgeGraph.load(tmp_path), KnowledgeTables.load(tmp_path)
+    config = build_config({"decoding.hard_negatives": 3, "decoding.hard_negative_refresh_steps": 4})
+    world = World(0, 1, 0, "none")
+    hard = HardNegatives(config, None, graph, tables, tmp_path / "n", world, None, lambda: 0)
+    table = np.full((graph.num_entities, 2), -1, dtype=np.int32)
+    for version in (4, 8, 12):  # 8 and 12 by steps that the run takes again, in its own way
+        write_table(tmp_path / "n", table, version)
+    hard.resume(8, own)
+    left = sorted(path.name for path in (tmp_path / "n").glob("neighbours-*"))
+    assert left == (["neighbours-00000004.safetensors"] if own else [])
+    assert hard._table.version == (4 if own else None)
+
+
 @pytest.mark.parametrize("room", [4096, 0])
 def test_entity_decoding_is_offered_the_neighbours_of_its_answers(tmp_path, room):
     write_tiny_corpus(tmp_path, entities=60, triples=40, train=40)

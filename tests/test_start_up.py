@@ -1,5 +1,7 @@
 """What a run checks about its data folder and its own before it trains."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +141,28 @@ def test_one_job_at_a_time_has_a_run_folder(tmp_path, monkeypatch):
     pretrain._held_locks.pop().close()  # as the end of its process does
     pretrain._lock(tmp_path)
     pretrain._held_locks.pop().close()
+
+
+def test_a_run_keeps_where_and_by_which_commit_it_was_trained_before(tmp_path, monkeypatch):
+    config, backbone = load_config("mlm"), build_backbone(make_config(), 60, PAD).config
+    config.train.output_dir = str(tmp_path)
+
+    def start(commit, step):
+        record = {"commit": commit, "hardware": {"cpu": commit.upper()}, "versions": {}}
+        monkeypatch.setattr("trelm_ds.environment.describe", lambda: dict(record))
+        pretrain._write_records(config, {"zero_optimization": {}}, backbone, step)
+        return json.loads((tmp_path / "environment.json").read_text())
+
+    assert start("a", 0)["starts"] == [
+        {"step": 0, "commit": "a", "hardware": {"cpu": "A"}, "versions": {}}
+    ]
+    found = start("b", 5)
+    assert found["commit"] == "b" and found["backbone"]["vocab_size"] == 60
+    assert [(s["step"], s["commit"]) for s in found["starts"]] == [(0, "a"), (5, "b")]
+    assert [s["commit"] for s in start("c", 5)["starts"]] == ["a", "c"]  # nothing came of b
+    assert [s["commit"] for s in start("d", 0)["starts"]] == ["d"]
+    (tmp_path / "environment.json").write_text("[")
+    assert [s["commit"] for s in start("e", 5)["starts"]] == ["e"]
 
 
 def test_who_only_looks_does_not_write_the_sample_corpus(tmp_path, monkeypatch):

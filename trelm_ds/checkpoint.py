@@ -22,9 +22,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from trelm_ds.distributed import World, barrier, first_problem, gather_objects, write_together
+from trelm_ds.distributed import (
+    World,
+    agree,
+    barrier,
+    first_problem,
+    gather_objects,
+    write_together,
+)
 from trelm_ds.errors import CheckpointError, WriteError
-from trelm_ds.files import file_sha256, fsync, write_text
+from trelm_ds.files import READ_WAITS_S, file_sha256, fsync, try_again, write_text
 from trelm_ds.metrics import read_metrics
 from trelm_ds.reshard import universal_checkpoint
 
@@ -37,6 +44,11 @@ LATEST = "LATEST"
 TEMPORARY = "tmp-"
 _NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")  # what ``checkpoint_name`` gives
 LAST_STEP = "checkpoint/last_step"  # in the metrics: the step of the newest checkpoint
+
+
+class StrayFile(CheckpointError):
+    """A checkpoint's folder holds what nobody saved there. It is not damaged, and passing it over
+    would lose its steps: the user has to look."""
 
 
 @dataclass
@@ -315,13 +327,27 @@ class Checkpointer:
         return traces
 
     def _verify(self, folder: Path) -> str | None:
-        try:
+        """What is wrong with it, the same on every rank. A disk's bad moment is not: it would cost
+        all steps since the checkpoint before.
+
+        Raises:
+            StrayFile: on all ranks.
+        """
+
+        def look() -> str | None:
             manifest = read_manifest(folder)
-            problem = check_files(folder, manifest, self._world.rank, self._world.size)
-        except CheckpointError as error:
-            problem = str(error)
-        except OSError as error:  # a bad sector, a stale handle: an older one may be readable
-            problem = f"{folder} cannot be read: {error}"
+            return check_files(folder, manifest, self._world.rank, self._world.size)
+
+        problem = None
+        with agree(self._group):
+            try:
+                problem = try_again(look, READ_WAITS_S)
+            except StrayFile:
+                raise
+            except CheckpointError as error:
+                problem = str(error)
+            except OSError as error:  # a bad sector: an older one may be readable
+                problem = f"{folder} cannot be read: {error}"
         return first_problem(problem, self._group)
 
     def restore(self, folder: Path, engine, bank, routing, sampling=None) -> TrainState:
@@ -371,6 +397,10 @@ class Checkpointer:
         temporary = self.folder / f"{TEMPORARY}universal-{folder.name}"
         truncated = bool(self._identity.get("routing.truncated_depth"))
         return universal_checkpoint(folder, temporary, engine, self._world, self._group, truncated)
+
+    def is_beside(self, folder: Path) -> bool:
+        """Whether a checkpoint is this run's or a copy beside its own, and not another run's."""
+        return folder.resolve().parent == self.folder.resolve()
 
     def is_own(self, folder: Path, step: int) -> bool:
         """Whether a checkpoint of a step is this run's, and not another one's or a user's copy."""
@@ -441,11 +471,15 @@ def read_manifest(folder: Path) -> dict:
 
 
 def check_files(folder: Path, manifest: dict, rank: int = 0, size: int = 1) -> str | None:
-    """The first file that is missing or changed, or None; ``rank`` of ``size`` checks its share."""
+    """The first file that is missing or changed, or None; ``rank`` of ``size`` checks its share.
+
+    Raises:
+        StrayFile: one that nobody checked lies among them, and loaders would find it.
+    """
     files = manifest["files"]
     unknown = set(_payload_files(folder)) - set(files)
     if unknown:
-        return f"{folder / min(unknown)} is not in the manifest"
+        raise StrayFile(f"{folder / min(unknown)} is no file of this checkpoint: move it elsewhere")
     for name in sorted(files)[rank::size]:
         path = folder / name
         if ".." in Path(name).parts or not path.is_file():

@@ -21,6 +21,7 @@ from pathlib import Path
 import yaml
 
 from trelm_ds.errors import ConfigError
+from trelm_ds.files import write_text
 
 PRESET_DIR = Path(__file__).parent / "presets"
 
@@ -466,7 +467,7 @@ class Config:
         return dataclasses.asdict(self)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 SECTIONS = {f.name: f for f in dataclasses.fields(Config) if f.name != "method"}

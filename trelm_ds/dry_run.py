@@ -65,4 +65,6 @@ def estimate_memory(
         "optimizer": (8 * trained + master) / (world_size if stage >= 1 else 1),
         "activations": width * stored + 4 * masked * hf.vocab_size * 2,
         "memory bank": bank,
+        # On every rank: vectors and frequencies of all entities, above all.
+        "knowledge tables": sum(b.numel() * b.element_size() for b in model.buffers()),
     }

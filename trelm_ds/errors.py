@@ -44,6 +44,12 @@ class WriteError(TrelmError):
     exit_code = EXIT_FAILED
 
 
+class LoaderError(TrelmError):
+    """A loader process died (out of memory, killed): not the data's fault."""
+
+    exit_code = EXIT_FAILED
+
+
 def one_line(error: Exception, limit: int = 300) -> str:
     """Another library's message as one line of at most ``limit`` characters."""
     text = " ".join(str(error).split())

@@ -13,6 +13,9 @@ from pathlib import Path
 _BLOCK = 1 << 20
 
 
+READ_WAITS_S = (0.1, 2.0, 10.0)  # before a failed read is tried again
+
+
 def try_again(
     work: Callable, waits: Iterable[float], errors=OSError, failed: Callable = lambda: None
 ):

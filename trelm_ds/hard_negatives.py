@@ -81,16 +81,25 @@ class HardNegatives:
     def _snapshot(self, version: int) -> Path:
         return self._folder / f"bank-{version:08d}"
 
-    def resume(self, step: int) -> None:
+    def resume(self, step: int, own: bool = True) -> None:
         """Takes up the table in use at ``step`` and a build that was under way. Collective.
 
-        A run that starts at step 0 forgets what an earlier one left in the folder. A table that
-        is gone (a run resumed in another folder) is warned about and done without.
+        What another run left in the folder is forgotten, and so is what this one made after
+        ``step``: it goes on from there in its own way. A table that is gone (a run resumed in
+        another folder) is warned about and done without.
+
+        Args:
+            step: steps taken.
+            own: whether they were taken in this folder.
         """
-        if step == 0:
-            if self._world.is_main:
+        if self._world.is_main:
+            if step == 0 or not own:
                 shutil.rmtree(self._folder, ignore_errors=True)
-            barrier(self._group)
+            for path in self._folder.glob("neighbours-*"):
+                if path.name >= table_path(self._folder, step).name:
+                    path.unlink()
+        barrier(self._group)
+        if step == 0:
             return
         last = (step - 1) // self._interval * self._interval  # newest version begun before
         if last >= self._interval and step <= last + self._delay:
@@ -146,7 +155,11 @@ class HardNegatives:
             # The other ranks wait in the barrier below, and not longer than a collective does.
             self._process.join(min(BUILD_WAIT_S, timeout().total_seconds() / 2))
             if self._process.is_alive():  # stuck on its disk: the ranks wait for rank 0 meanwhile
-                logger.warning("hard negatives: version %d is given up, not built in time", version)
+                logger.warning(
+                    "hard negatives: version %d is given up, not built in time: raise "
+                    "decoding.hard_negative_refresh_steps",
+                    version,
+                )
                 self._process.kill()
                 self._process.join(1.0)  # a process that waits for a disk does not even die
             self._process = None

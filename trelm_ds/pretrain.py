@@ -35,7 +35,7 @@ from trelm_ds.errors import (
     TrelmError,
     WriteError,
 )
-from trelm_ds.files import try_again
+from trelm_ds.files import try_again, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -209,17 +209,24 @@ def _refuse_unshared(output: Path, world: World) -> None:
         )
 
 
-def _write_records(config: Config, ds_config: dict, backbone) -> None:
+def _write_records(config: Config, ds_config: dict, backbone, step: int) -> None:
     """What the run was asked for, and what it runs on: a model that was loaded has a shape of its
     own (``backbone``, its Hugging Face configuration), whatever the keys for one from scratch say.
+    A run that goes on from ``step`` keeps where and by which commit it was trained before.
     """
     from trelm_ds import environment
 
     output = Path(config.train.output_dir)
     config.save(output / "config.json")
     shape = {key: getattr(backbone, key) for key in ("vocab_size", *FROM_SCRATCH)}
-    record = environment.describe() | {"deepspeed_config": ds_config, "backbone": shape}
-    (output / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
+    record = environment.describe()
+    path, starts = output / "environment.json", []
+    if step:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            starts = [s for s in json.loads(path.read_text())["starts"] if s["step"] < step]
+    starts.append({"step": step} | {key: record[key] for key in ("commit", "hardware", "versions")})
+    record |= {"deepspeed_config": ds_config, "backbone": shape, "starts": starts}
+    write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def _dry_run(config: Config, ds_config: dict, world: World) -> None:
@@ -295,8 +302,9 @@ def _run(argv: list[str], stop) -> int:
     _warn_of_the_rate(config, trainer.model.hidden_size)
     trainer.resume()
     with write_together(f"{output} cannot be written"):
-        if world.is_main:
-            _write_records(config, ds_config, trainer.model.backbone.config)
+        if world.is_main and not trainer.done:
+            backbone = trainer.model.backbone.config
+            _write_records(config, ds_config, backbone, trainer.state.step)
     if trainer.done:
         logger.info("%s is already complete at step %d", output, trainer.state.step)
         complete = True

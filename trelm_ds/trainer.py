@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -38,13 +39,12 @@ from trelm_ds.distributed import (
     World,
     agree,
     cpu_group,
-    first_problem,
     gather_vector,
     new_group,
     write_together,
 )
 from trelm_ds.engine import gathered
-from trelm_ds.errors import DataError, WriteError
+from trelm_ds.errors import DataError, LoaderError, WriteError
 from trelm_ds.evaluate import evaluate_heldout, evaluate_probes, load_probes
 from trelm_ds.export import export_model, last_evaluation
 from trelm_ds.hard_negatives import HardNegatives
@@ -283,6 +283,7 @@ class Trainer:
         backbone = self.model.backbone.config
         shape = ("model_type", "vocab_size", "hidden_size", "intermediate_size")
         shape += ("num_hidden_layers", "num_attention_heads", "hidden_dropout_prob")
+        shape += ("attention_probs_dropout_prob", "hidden_act", "layer_norm_eps")
         return {
             "dataset_id": self.manifest["dataset_id"],
             # Scores and vectors can be made anew in the folder: who is injected, and with what.
@@ -308,12 +309,19 @@ class Trainer:
                 self._saved = self.state.step  # a stop before the next step writes nothing again
         elif which:
             logger.info("no checkpoint in %s yet: starting from step 0", self.checkpoints.folder)
+        own = found is None or self.checkpoints.is_beside(found)
         if self.hard_negatives is not None:
-            self.hard_negatives.resume(self.state.step)
+            self.hard_negatives.resume(self.state.step, own)
         if self.sampling is not None:
             self.sampling.start()
         metrics = self.output_dir / "metrics.jsonl"
         with write_together(f"{metrics} was not written", self.control):
+            if not own and self.world.is_main and metrics.exists():
+                aside = metrics.with_name(f"abandoned-{metrics.name}")
+                logger.warning(
+                    "setting %s aside: the run goes on from another's checkpoint", metrics
+                )
+                os.replace(metrics, aside)
             self.log = MetricLog(
                 metrics,
                 self.world.is_main,
@@ -359,6 +367,7 @@ class Trainer:
         Raises:
             DataError: on all ranks, after the same checkpoint: one of them cannot read its batch,
                 or one sample more than ``data.max_damaged_samples`` is damaged.
+            LoaderError: likewise, where a loader process of one of them has died.
             WriteError: on all ranks: the last checkpoint cannot be written, or one on the way or
                 the metrics could not be for the third time in a row.
         """
@@ -367,16 +376,22 @@ class Trainer:
         if self.state.step == 0:
             self.evaluate()
         batches = self.loader.iterate(self.state.step)
-        plan, stopped, damage = None, False, None
+        plan, stopped, damage, began = None, False, None, False
         while self.state.step < train.max_steps:
             started = time.perf_counter()
             stack_dump.rearm()
             self._interval.watch.start("data")
             try:
                 micro_batches = next(batches)
-            except DataError as error:  # the others hear of it in the plan: all of them save first
+            except (DataError, LoaderError) as error:
+                # The others hear of it in the plan: all of them save first.
                 micro_batches, damage = [], error
             self._interval.watch.stop("data")
+            if (
+                not began
+            ):  # the start of the loader's processes is no training: once more at a resume
+                started, began = time.perf_counter(), True
+                self._interval = Interval(self.device, self.world.size)
             # Only what the ranks agreed on in the plan decides: their own clocks differ.
             ahead, stopped = self._plan(micro_batches)
             if stopped or ahead.progress >= 1.0:
@@ -406,8 +421,9 @@ class Trainer:
         if not stopped and self._evaluated != self.state.step:
             self.evaluate()
         self.save()
-        if problem := first_problem(None if damage is None else str(damage), self.control):
-            raise DataError(f"{problem}; step {self.state.step} is saved", everywhere=True)
+        with agree(self.control):
+            if damage is not None:
+                raise type(damage)(f"{damage}; step {self.state.step} is saved")
         return not stopped
 
     def _plan(self, micro_batches: list) -> tuple[StepPlan, bool]:

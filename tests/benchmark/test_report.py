@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from trelm_ds.benchmark import report
 from trelm_ds.benchmark.arms import StudyPlan
 from trelm_ds.benchmark.report import write_report, write_sweep_report
 from trelm_ds.benchmark.targets import (
@@ -137,6 +138,13 @@ def test_where_the_runs_ran_and_what_the_grid_does_not_settle(folder):
     assert "| abc; def |" in text and "| a processor, 2 cores, 1 thread(s) a run |" in text
     assert "of several commits or machines" in text and "taking turns" not in text
     assert "edge of the grid" in text and "dkplm (400: 0.001)" in text
+
+
+def test_every_commit_and_machine_that_took_a_run_up_is_told():
+    first, last = ({"commit": c, "hardware": {"cpu": c, "cores": 2}} for c in "ab")
+    result = {"rows": [], "runs": [last | {"starts": [first, last]}, last]}
+    assert report._commits(result) == ["a", "b"]
+    assert report._machines(result) == ["a, 2 cores", "b, 2 cores"]
 
 
 def test_a_rate_of_the_baseline_that_would_have_been_harder_is_named(folder):

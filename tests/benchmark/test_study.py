@@ -349,7 +349,12 @@ def test_collecting_reads_costs_and_skips_a_torn_line(study):
     ]
     text = "\n".join(json.dumps(row) for row in rows) + '\n{"step": 15, "tim'
     (run.folder / "metrics.jsonl").write_text(text)
+    begun = [{"step": n, "commit": c, "hardware": {"cpu": c}} for n, c in ((0, "a"), (5, "b"))]
+    begun.append(begun[0] | {"step": 9})
+    record = {"commit": "a", "hardware": {"cpu": "a"}, "starts": begun}
+    (run.folder / "environment.json").write_text(json.dumps(record))
     result = runner.collect(run)
+    assert result["starts"] == [{"commit": c, "hardware": {"cpu": c}} for c in "ab"]
     assert result["cost"]["throughput/step_s"] == pytest.approx(0.3)  # the first holds warm-up
     assert result["cost"]["time/forward_s"] == pytest.approx(0.2)
     assert (result["steps"], result["time_s"]) == (15, 12.0)

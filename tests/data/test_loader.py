@@ -19,7 +19,7 @@ from trelm_ds.data.order import stream_position
 from trelm_ds.data.shards import write_manifest
 from trelm_ds.data.special import SpecialTokens
 from trelm_ds.data.tables import KnowledgeTables
-from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.errors import ConfigError, DataError, LoaderError
 
 BUSY = {
     "injection__probability": 0.6,
@@ -275,9 +275,10 @@ def test_a_killed_loader_process_is_an_error(corpus, graph, tables, configure):
     (process,) = made._processes
     process.kill()
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
+    with pytest.raises(LoaderError, match="a loader process: DataLoader worker") as caught:
         while True:
             next(batches)
+    assert caught.value.exit_code == 1
     assert time.monotonic() - started < 15
     assert not is_running(process.pid)
 

@@ -551,11 +551,15 @@ def go_on_from_another(rank, world_size, data_dir, output_dir):
     found.append(trainer.state.step)
     trainer.train()
     note()
+    for name in ("abandoned-metrics", "metrics"):  # two runs are not one history
+        rows = read_metrics(output_dir / "a" / f"{name}.jsonl")
+        found.append([r["step"] for r in rows if "train/loss" in r])
     return found
 
 
 def test_checkpoints_later_than_another_run_s_are_set_aside(one_rank):
-    resumed, died, went_on_from, ended = one_rank["foreign branch"]
+    resumed, died, went_on_from, ended, before, after = one_rank["foreign branch"]
+    assert before == [1, 2, 3, 4, 5, 6] and after == [5, 6]
     aside = [f"abandoned-step_{step:08d}" for step in (4, 5, 6)]
     assert resumed == ([*aside, "step_00000003"], "step_00000003")
     assert died == ([*aside, "step_00000003", "step_00000005"], "step_00000005")

@@ -114,6 +114,8 @@ def test_gpus_that_torch_does_not_see(flags, run_folder, capsys, monkeypatch):
 def test_little_shared_memory(flags, run_folder, capsys, monkeypatch):
     monkeypatch.setattr(preflight, "MIN_SHARED_MEMORY", 1 << 60)
     assert "shared memory: /dev/shm has" in refused(capsys, run_folder, flags)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")  # a rank alone needs none
+    assert "the GPUs: " in refused(capsys, run_folder, flags)
 
 
 def test_a_check_that_hangs_is_named(flags, run_folder):

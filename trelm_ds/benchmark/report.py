@@ -132,19 +132,20 @@ def _say_conditions(document: Document, result: dict) -> None:
     )
 
 
-def _runs(result: dict) -> list[dict]:
-    """The runs that say where they ran; a sweep's rows are its runs."""
-    return [r for r in result.get("runs", result["rows"]) if r.get("hardware")]
+def _starts(result: dict) -> list[dict]:
+    """Commit and hardware of every start of a run that says so; a sweep's rows are its runs."""
+    runs = [r for r in result.get("runs", result["rows"]) if r.get("hardware")]
+    return [start for run in runs for start in run.get("starts") or [run]] or [result]
 
 
 def _commits(result: dict) -> list[str]:
-    return sorted({str(run["commit"]) for run in _runs(result)}) or [str(result["commit"])]
+    return sorted({str(start["commit"]) for start in _starts(result)})
 
 
 def _machines(result: dict) -> list[str]:
     """Not only where the report was written: a study may have gone on elsewhere."""
     found = []
-    for hardware in [run["hardware"] for run in _runs(result)] or [result["hardware"]]:
+    for hardware in (start["hardware"] for start in _starts(result)):
         machine = f"{hardware.get('cpu')}, {hardware.get('cores')} cores"
         if hardware.get("gpu"):
             machine += f", {hardware.get('gpus')} x {hardware['gpu']}"

@@ -328,7 +328,7 @@ def collect(run: Run, failure: str | None = None) -> dict:
     """What a report needs to know of a finished run; the folder's ``result.json``.
 
     ``cost`` is the mean over the logged intervals but the first, which holds warm-up; seconds per
-    step of the training clock.
+    step of the training clock. ``starts`` has every commit and machine that a run was taken up by.
     """
     history = read_metrics(run.folder / "metrics.jsonl")
     evaluations = [
@@ -349,6 +349,7 @@ def collect(run: Run, failure: str | None = None) -> dict:
     record = {}
     if (run.folder / "environment.json").is_file():
         record = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
+    starts = [{k: s[k] for k in ("commit", "hardware")} for s in record.get("starts", ())]
     return {
         "arm": run.arm,
         "preset": run.config.method,
@@ -365,6 +366,7 @@ def collect(run: Run, failure: str | None = None) -> dict:
         "evaluations": evaluations,
         "commit": record.get("commit"),
         "hardware": record.get("hardware"),
+        "starts": [s for i, s in enumerate(starts) if s not in starts[:i]],
     }
 
 

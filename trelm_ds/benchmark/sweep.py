@@ -105,8 +105,8 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
 def _row(result: dict, method: str, value) -> dict:
     """A run's last evaluation and cost beside its coordinates."""
     kept = ("seed", "learning_rate", "status", "steps", "time_s", "cost", "peak_memory_gib")
-    kept += ("commit", "hardware")
+    kept += ("commit", "hardware", "starts")
     last = result["evaluations"][-1] if result["evaluations"] else {}
     scores = {key: score for key, score in last.items() if key.startswith("eval/")}
     row = {"method": method, "value": value}
-    return row | {key: result[key] for key in kept} | scores
+    return row | {key: result.get(key) for key in kept} | scores

@@ -35,7 +35,7 @@ from trelm_ds.data.special import SpecialTokens
 from trelm_ds.data.split import open_split
 from trelm_ds.data.tables import KnowledgeTables
 from trelm_ds.data.weights import WeightTables
-from trelm_ds.errors import ConfigError, DataError
+from trelm_ds.errors import ConfigError, DataError, LoaderError, one_line
 
 _HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # the training process acts on these
 _PREFETCHED_MICRO_BATCHES = 4  # per loader process
@@ -257,7 +257,12 @@ class StepLoader:
             while True:
                 step, damaged = [], []
                 for _ in range(self._accumulation):
-                    made = next(batches)
+                    try:
+                        made = next(batches)
+                    except RuntimeError as error:
+                        if not self._num_workers:
+                            raise
+                        raise LoaderError(f"a loader process: {one_line(error)}") from None
                     if isinstance(made, DataError):
                         raise made
                     step.append(Batch.from_numpy(made[0]))

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import stat
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from trelm_ds.data.schema import (
     encode_sample,
 )
 from trelm_ds.errors import DataError
-from trelm_ds.files import fsync, try_again, write_text
+from trelm_ds.files import READ_WAITS_S, fsync, try_again, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,9 @@ MANIFEST = "manifest.json"
 INDEX_RECORD = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 _TAR_BLOCK = 512
 _MAX_MANIFEST_BYTES = 1 << 26
-READ_WAITS_S = (0.1, 2.0, 10.0)  # before a failed read is tried again
 SAMPLES_PER_SHARD = 25_000  # about 37 MB
 MAX_OPEN_SHARDS = 128  # two descriptors each; many systems allow 1024 per process
+TELL_S = 60.0  # between two lines about a long check
 
 _SHARD_FIELDS = {
     "name": str,
@@ -462,11 +463,18 @@ class ShardReader:
     def verify_all(self) -> None:
         """Checks every shard now (about 1.8 GB/s); later reads then skip the sha256.
 
+        It says how far it is where that takes minutes.
+
         Raises:
             DataError: naming the first file that is missing, damaged or cannot be read.
         """
-        for number in range(len(self._shards)):
+        told, done, total = time.monotonic(), 0, sum(shard["bytes"] for shard in self._shards)
+        for number, shard in enumerate(self._shards):
             self._again(number, lambda number=number: self._descriptors(number), "")
+            done += shard["bytes"]
+            if time.monotonic() - told > TELL_S:
+                told = time.monotonic()
+                logger.info("checked %.1f of %.1f GB of shards", done / 1e9, total / 1e9)
 
     def _again(self, number: int, work: Callable, what: str):
         """What ``work`` returns; where the system fails it, on newly opened files, a few times."""
