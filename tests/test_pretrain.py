@@ -143,15 +143,14 @@ def test_folders_that_do_not_serve_are_refused_by_all_ranks_and_said_once(tmp_pa
     ],
 )
 def test_a_budget_in_hours_that_decides_what_trains_is_not_changed_on_resume(settings, free):
+    from transformers import BertConfig
+
     from trelm_ds.trainer import Trainer  # seconds, which the ranks above do without
 
     def identity(hours):
         trainer = object.__new__(Trainer)
         trainer.config = build_config(settings | {"train.max_hours": hours})
-        shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        shape += ("model_type", "num_attention_heads", "hidden_dropout_prob")
-        trainer.model = SimpleNamespace(backbone=SimpleNamespace())
-        trainer.model.backbone.config = SimpleNamespace(**dict.fromkeys(shape, 1))
+        trainer.model = SimpleNamespace(backbone=SimpleNamespace(config=BertConfig()))
         trainer.manifest, trainer._tables_digest = {"dataset_id": "x"}, None
         trainer.loader = SimpleNamespace(global_batch=8)
         return trainer._identity()
