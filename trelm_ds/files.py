@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 _BLOCK = 1 << 20
-
-
 READ_WAITS_S = (0.1, 2.0, 10.0)  # before a failed read is tried again
 
 

@@ -24,7 +24,14 @@ from trelm_ds.config import Config
 from trelm_ds.data.candidates import EntityCandidates
 from trelm_ds.data.collate import Batch
 from trelm_ds.data.rng import HARD_NEGATIVES, generator
-from trelm_ds.distributed import World, barrier, first_problem, gather_objects, timeout
+from trelm_ds.distributed import (
+    World,
+    barrier,
+    first_problem,
+    gather_objects,
+    timeout,
+    write_together,
+)
 from trelm_ds.errors import TrelmError
 from trelm_ds.memory.bank import MemoryBank
 from trelm_ds.memory.index import NeighbourTable, build_table, hard_negative_tokens, table_path
@@ -92,13 +99,13 @@ class HardNegatives:
             step: steps taken.
             own: whether they were taken in this folder.
         """
-        if self._world.is_main:
-            if step == 0 or not own:
-                shutil.rmtree(self._folder, ignore_errors=True)
-            for path in self._folder.glob("neighbours-*"):
-                if path.name >= table_path(self._folder, step).name:
-                    path.unlink()
-        barrier(self._group)
+        with write_together(f"{self._folder} cannot be cleared", self._group):
+            if self._world.is_main and self._folder.is_dir():
+                if step == 0 or not own:
+                    shutil.rmtree(self._folder)
+                for path in self._folder.glob("neighbours-*"):
+                    if path.name >= table_path(self._folder, step).name:
+                        path.unlink()
         if step == 0:
             return
         last = (step - 1) // self._interval * self._interval  # newest version begun before
