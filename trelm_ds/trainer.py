@@ -387,11 +387,9 @@ class Trainer:
                 # The others hear of it in the plan: all of them save first.
                 micro_batches, damage = [], error
             self._interval.watch.stop("data")
-            if (
-                not began
-            ):  # the start of the loader's processes is no training: once more at a resume
+            if not began:  # the start of the loader's processes is no training, at no resume
+                self._interval.watch.totals()
                 started, began = time.perf_counter(), True
-                self._interval = Interval(self.device, self.world.size)
             # Only what the ranks agreed on in the plan decides: their own clocks differ.
             ahead, stopped = self._plan(micro_batches)
             if stopped or ahead.progress >= 1.0:

@@ -42,6 +42,7 @@ def one_rank(data_dir, tmp_path_factory):
         "foreign branch": (go_on_from_another, data_dir, folder / "foreign branch"),
         "lost": (lose_checkpoints, data_dir, folder / "lost"),
         "died": (die_early, data_dir, folder / "died"),
+        "slow start": (start_slowly, data_dir, folder / "slow start"),
         "full": (full_disk, data_dir, folder / "full"),
     }
     for form, settings in SPLIT_FORMS.items():
@@ -587,6 +588,35 @@ def lose_checkpoints(rank, world_size, data_dir, output_dir):
 def test_a_run_whose_checkpoints_are_gone_is_left_as_it_is(one_rank):
     files, unchanged = one_rank["lost"]
     assert files > 3 and unchanged  # metrics, tables of weights, LATEST
+
+
+def start_slowly(rank, world_size, data_dir, output_dir):
+    """A second passes for each batch by the clock, and an hour until the first."""
+    trainer = make_trainer(data_dir, output_dir, train__max_steps=4, train__logging_steps=2)
+    now = [0.0]
+
+    def slow(step, iterate=trainer.loader.iterate):
+        now[0] += 3600
+        for micro_batches in iterate(step):
+            now[0] += 1
+            yield micro_batches
+
+    def tick():
+        now[0] += 1e-6
+        return now[0]
+
+    trainer.loader.iterate = slow
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("time.perf_counter", tick)
+        trainer.train()
+    rows = read_metrics(output_dir / "metrics.jsonl")
+    return trainer.state.clock_s, [r["data/wait_fraction"] for r in rows if "train/loss" in r]
+
+
+def test_the_start_of_the_loader_is_not_on_the_clock(one_rank):
+    clock, waits = one_rank["slow start"]
+    assert clock == pytest.approx(3, abs=0.01)  # the first batch is part of the start
+    assert waits == pytest.approx([1, 1], abs=0.01)
 
 
 def die_early(rank, world_size, data_dir, output_dir):
