@@ -249,6 +249,16 @@ def report_once(error: Exception) -> int:
     return exit_code(error)
 
 
+def leave() -> None:
+    """Takes leave of the other ranks at the end of a job that went well.
+
+    A process that ends with its groups open takes their threads down in no order, and now and then
+    gloo's abort it, after all is done.
+    """
+    if is_initialised():
+        dist.destroy_process_group()
+
+
 def barrier(group=None) -> None:
     if has_peers():
         dist.barrier(group=group)

@@ -23,6 +23,7 @@ from trelm_ds.distributed import (
     barrier,
     gather_objects,
     get_world,
+    leave,
     report_once,
     write_together,
 )
@@ -380,4 +381,5 @@ def main(argv: list[str] | None = None) -> int:
     logging.shutdown()
     if code not in (EXIT_DONE, EXIT_STOPPED):
         os._exit(code)  # do not wait in the process group's destructor for ranks that still run
+    leave()
     return code

@@ -299,7 +299,7 @@ def _score(args: argparse.Namespace) -> str | None:
     from trelm_ds.backbone import MaskedLanguageModel, load_backbone
     from trelm_ds.config import build_config
     from trelm_ds.data.tokenizer import load_tokenizer
-    from trelm_ds.distributed import cpu_group, get_world
+    from trelm_ds.distributed import cpu_group, get_world, leave
     from trelm_ds.engine import init_distributed, local_device
     from trelm_ds.knowledge.importance import score_importance
 
@@ -338,6 +338,7 @@ def _score(args: argparse.Namespace) -> str | None:
         group=cpu_group(),
         resumable=True,
     )
+    leave()
     if report is None:
         return None
     return f"{args.output}: scored {report['spans']} spans, mean importance {report['mean']:.4f}"
