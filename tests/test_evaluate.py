@@ -95,7 +95,7 @@ def _brute_force(hf_folder, data, candidates=None):
             mask = inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)
             best = max(allowed, key=lambda token: logits[mask, token].item())
             hit = tokenizer.convert_ids_to_tokens(best) == row["answer"]
-            splits = [row["set"], *(k for k in ("tail", "text_only") if row[k])]
+            splits = [row["set"], *(k for k in ("tail", "graph_only", "text_only") if row[k])]
             reported = ["report", *(f"report_{name}" for name in splits)]
             part = ["select"] if is_selection_fact(row) else reported
             for split in ["all", *splits, *part]:
@@ -107,8 +107,8 @@ def test_p_at_1_equals_a_plain_loop(model, hf_folder, data):
     probe = load_probes(data, model)
     result = probe_accuracy(model, probe, "cpu", batch_size=7)
     expected = _brute_force(hf_folder, data)
-    splits = {"all", "tail", "text_only", "template"}
-    parts = {"select", "report", "report_tail", "report_text_only", "report_template"}
+    splits = {"all", "tail", "graph_only", "text_only", "template"}
+    parts = {"select", "report", *(f"report_{name}" for name in splits - {"all"})}
     assert set(result["splits"]) == set(expected) == splits | parts
     for split, by_relation in expected.items():
         scores = [sum(hits) / len(hits) for hits in by_relation.values()]
@@ -126,7 +126,8 @@ def test_p_at_1_equals_a_plain_loop(model, hf_folder, data):
 
 def test_metric_names(model, data):
     values = evaluate_probes(model, load_probes(data, model), "cpu")
-    assert {"eval/probe_p1", "eval/probe_p1_tail", "eval/probe_p1_text_only"} <= set(values)
+    assert {"eval/probe_p1", "eval/probe_p1_tail", "eval/probe_p1_graph_only"} <= set(values)
+    assert "eval/probe_p1_text_only" in values
     assert {"eval/select_p1", "eval/report_p1", "eval/report_p1_tail"} <= set(values)
     assert evaluate_probes(model, None, "cpu") == {}
 

@@ -23,12 +23,22 @@ class FullDisk:
         raise OSError(28, "No space left on device")
 
 
-def test_a_full_disk_costs_a_table_and_not_the_run(tmp_path, caplog):
-    write_tiny_corpus(tmp_path)
+def refreshed_every(steps, tmp_path, bank=None):
+    """The negatives of a run of one process on a tiny corpus, with its tables in ``n``."""
+    write_tiny_corpus(tmp_path, entities=60)
     graph, tables = KnowledgeGraph.load(tmp_path), KnowledgeTables.load(tmp_path)
-    config = build_config({"decoding.hard_negatives": 3, "decoding.hard_negative_refresh_steps": 4})
-    world = World(0, 1, 0, "none")
-    hard = HardNegatives(config, FullDisk(), graph, tables, tmp_path / "n", world, None, lambda: 0)
+    keys = {"decoding.hard_negatives": 3, "decoding.hard_negative_refresh_steps": steps}
+    world, folder = World(0, 1, 0, "none"), tmp_path / "n"
+    return HardNegatives(build_config(keys), bank, graph, tables, folder, world, None, lambda: 0)
+
+
+def write_tables(tmp_path, *versions):
+    for version in versions:
+        write_table(tmp_path / "n", np.full((60, 2), -1, dtype=np.int32), version)
+
+
+def test_a_full_disk_costs_a_table_and_not_the_run(tmp_path, caplog):
+    hard = refreshed_every(4, tmp_path, FullDisk())
     for step in range(8):
         hard.begin_step(step)
     assert "version 4 not built" in caplog.text and "No space left" in caplog.text
@@ -37,11 +47,7 @@ def test_a_full_disk_costs_a_table_and_not_the_run(tmp_path, caplog):
 
 
 def test_a_builder_that_hangs_is_given_up(tmp_path, caplog, monkeypatch):
-    write_tiny_corpus(tmp_path)
-    graph, tables = KnowledgeGraph.load(tmp_path), KnowledgeTables.load(tmp_path)
-    config = build_config({"decoding.hard_negatives": 3})
-    world = World(0, 1, 0, "none")
-    hard = HardNegatives(config, None, graph, tables, tmp_path / "n", world, None, lambda: 0)
+    hard = refreshed_every(500, tmp_path)
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "0.005")  # 0.3 s: well below what is waited else
     hard._process = process = multiprocessing.get_context("spawn").Process(
         target=time.sleep, args=(600,), daemon=True
@@ -53,27 +59,16 @@ def test_a_builder_that_hangs_is_given_up(tmp_path, caplog, monkeypatch):
 
 
 def test_a_resumed_run_takes_the_version_that_was_in_use(tmp_path):
-    write_tiny_corpus(tmp_path, entities=60)
-    graph, tables = KnowledgeGraph.load(tmp_path), KnowledgeTables.load(tmp_path)
-    config = build_config({"decoding.hard_negatives": 3, "decoding.hard_negative_refresh_steps": 4})
-    world = World(0, 1, 0, "none")
-    hard = HardNegatives(config, None, graph, tables, tmp_path / "n", world, None, lambda: 0)
-    table = np.full((graph.num_entities, 2), -1, dtype=np.int32)
-    write_table(tmp_path / "n", table, 4)  # version 8 was not built
+    hard = refreshed_every(4, tmp_path)
+    write_tables(tmp_path, 4)  # version 8 was not built
     hard.resume(12)
     assert hard._table.version == 4
 
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_resumed_run_forgets_tables_that_are_not_of_its_past(tmp_path, own):
-    write_tiny_corpus(tmp_path, entities=60)
-    graph, tables = KnowledgeGraph.load(tmp_path), KnowledgeTables.load(tmp_path)
-    config = build_config({"decoding.hard_negatives": 3, "decoding.hard_negative_refresh_steps": 4})
-    world = World(0, 1, 0, "none")
-    hard = HardNegatives(config, None, graph, tables, tmp_path / "n", world, None, lambda: 0)
-    table = np.full((graph.num_entities, 2), -1, dtype=np.int32)
-    for version in (4, 8, 12):  # 8 and 12 by steps that the run takes again, in its own way
-        write_table(tmp_path / "n", table, version)
+    hard = refreshed_every(4, tmp_path)
+    write_tables(tmp_path, 4, 8, 12)  # 8 and 12 by steps that the run takes again, in its own way
     hard.resume(8, own)
     left = sorted(path.name for path in (tmp_path / "n").glob("neighbours-*"))
     assert left == (["neighbours-00000004.safetensors"] if own else [])

@@ -255,7 +255,7 @@ def _write_probes(folder, facts, kept_out, entity_names, frequency) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[str]] = {}
     mean = frequency.mean()
-    for (head, relation, tail), withheld in zip(facts.tolist(), kept_out, strict=True):
+    for number, (head, relation, tail) in enumerate(facts.tolist()):
         answer = entity_names[tail]
         if " " in answer:  # one mask: single-token answers only
             continue
@@ -267,8 +267,9 @@ def _write_probes(folder, facts, kept_out, entity_names, frequency) -> None:
             "answer": answer,
             "set": "template",
             "tail": bool(frequency[head] < mean),
-            "graph_only": False,
-            "text_only": bool(withheld),
+            # A mark alone: no sentence is made to state a fact.
+            "graph_only": number % 4 == 0 and not kept_out[number],
+            "text_only": bool(kept_out[number]),
         }
         rows.setdefault(row["relation"], []).append(json.dumps(row))
     for relation, lines in rows.items():

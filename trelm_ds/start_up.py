@@ -10,7 +10,7 @@ from trelm_ds.data.entity_samples import EntitySamples, index_entity_samples, is
 from trelm_ds.data.graph import graph_digest
 from trelm_ds.data.tables import tables_digest
 from trelm_ds.data.tokenizer import tokenizer_digest
-from trelm_ds.distributed import agree, gather_objects
+from trelm_ds.distributed import agree, gather_objects, together
 from trelm_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -51,19 +51,21 @@ def check_knowledge(data_dir: Path, manifest: dict, world, group) -> str:
     Raises:
         DataError: on every rank, where any machine's files are others.
     """
-    digest = None
-    with agree(group):
-        if world.local_rank == 0:
-            for name, found in (
-                ("graph", graph_digest(data_dir)),
-                ("tokenizer", tokenizer_digest(data_dir)),
-            ):
-                if manifest[name]["sha256"] != found:
-                    raise DataError(
-                        f"{data_dir}/{name}: not the manifest's (sha256): corrupt or changed"
-                    )
-            digest = tables_digest(data_dir)
-    digests = {digest for digest in gather_objects(digest, group) if digest is not None}
+
+    def look() -> str | None:
+        if world.local_rank != 0:
+            return None
+        for name, found in (
+            ("graph", graph_digest(data_dir)),
+            ("tokenizer", tokenizer_digest(data_dir)),
+        ):
+            if manifest[name]["sha256"] != found:
+                raise DataError(
+                    f"{data_dir}/{name}: not the manifest's (sha256): corrupt or changed"
+                )
+        return tables_digest(data_dir)
+
+    digests = {digest for digest in together(look, group) if digest is not None}
     if len(digests) > 1:
         problem = f"{data_dir}/tables: not the same on every machine: copy one to all"
         raise DataError(problem, everywhere=True)

@@ -387,7 +387,7 @@ class Trainer:
                 # The others hear of it in the plan: all of them save first.
                 micro_batches, damage = [], error
             self._interval.watch.stop("data")
-            if not began:  # the start of the loader's processes is no training, at no resume
+            if not began:  # the loader's processes have started: no resume is charged for it
                 self._interval.watch.totals()
                 started, began = time.perf_counter(), True
             # Only what the ranks agreed on in the plan decides: their own clocks differ.

@@ -100,10 +100,17 @@ def test_the_grid_is_searched_with_one_seed_and_the_best_rate_gets_the_others(st
 
 def test_no_core_waits_for_the_last_run_of_the_grid(study, starts, monkeypatch):
     monkeypatch.setenv("FAKE_WAITS_FOR", "b/lr_0.002/seed_1:a/lr_0.002/seed_3")
+    begun, start = [], runner.Runner._start  # in this order: processes write theirs when they can
+
+    def note(self, run, slot):
+        begun.append(f"{run.arm}/lr_{run.learning_rate:g}/seed_{run.seed}")
+        return start(self, run, slot)
+
+    monkeypatch.setattr(runner.Runner, "_start", note)
     declared = study(seeds=(1, 2, 3))
     declared.race = Race(["a"], 0.1)
     assert declared.run(StopRequest(), parallel=2)
-    begun = starts()
+    assert sorted(begun) == sorted(starts())
     assert set(begun[:4]) == {f"{arm}/lr_{r}/seed_1" for arm in "ab" for r in (0.001, 0.002)}
     # `a` is through its grid, and the rate that ends best is its own whatever `b` does.
     assert begun[4:6] == ["a/lr_0.002/seed_2", "a/lr_0.002/seed_3"]

@@ -193,16 +193,15 @@ class Runner:
     def run(
         self,
         runs: Sequence[Run],
-        later: int = 0,
-        then: Callable[[], Sequence[Run]] = tuple,
+        then: Callable[[], tuple[Sequence[Run], int]] = lambda: ((), 0),
     ) -> bool:
         """Brings every run to its end.
 
         Args:
             runs: in the order in which they start; finished ones are passed over.
-            later: runs expected to follow these, for the estimate of the time left.
-            then: asked for more whenever a run has ended, so that no slot waits for the last of
-                ``runs``; what it has named before is passed over.
+            then: asked whenever a run has ended for those that follow by now, so that no slot waits
+                for the last of ``runs`` (what it has named before is passed over), and how many
+                are still expected after them, for the estimate of the time left.
         Returns:
             False when it was stopped on request: the runs under way wrote checkpoints.
         Raises:
@@ -212,16 +211,16 @@ class Runner:
         known: dict[Path, Run] = {}
         waiting: deque[Run] = deque()
 
-        def add(runs: Sequence[Run]) -> int:
+        def add(runs: Sequence[Run]) -> None:
             new = [run for run in runs if run.folder not in known]
             for run in new:
                 declare(run)
                 known[run.folder] = run
             waiting.extend(run for run in new if run.state != "finished")
-            return len(new)
 
         add(runs)
-        later -= add(then())
+        following, later = then()
+        add(following)
         if len(waiting) < len(known):
             logger.info("%d of %d runs are already finished", len(known) - len(waiting), len(known))
         under_way: dict[int, tuple[Run, subprocess.Popen, float]] = {}
@@ -244,13 +243,14 @@ class Runner:
                     del under_way[slot]
                     if not self._ended(run, process.returncode, time.monotonic() - started):
                         self.stop.requested = True  # somebody stopped the run: stop the study
-                    later -= add(then())
-                    self._tell(under_way, len(waiting) + max(0, later))
+                    following, later = then()
+                    add(following)
+                    self._tell(under_way, len(waiting) + later)
                 if time.monotonic() - told > TELL_S:
                     told = time.monotonic()
                     for run, _, _ in under_way.values():
                         logger.info("  %s: %s", run.name, _progress(run))
-                    self._tell(under_way, len(waiting) + max(0, later))
+                    self._tell(under_way, len(waiting) + later)
             return all(run.state == "finished" for run in known.values())
         finally:
             for _, process, _ in under_way.values():  # after an error or a second Ctrl-C

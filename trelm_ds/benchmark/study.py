@@ -256,8 +256,6 @@ class Study:
                         scored.append((*self._score(result), run.learning_rate))
                 if scored:
                     best[arm.name, budget.size] = min(scored)[-1]
-                else:
-                    logger.warning("%s diverged at every learning rate of the grid", arm.name)
         return best
 
     def _score(self, result: dict) -> tuple[float, float]:
@@ -288,14 +286,17 @@ class Study:
         """The other seeds at each arm's best rates, seed after seed, arms inside."""
         return [run for _, run in self._rest()]
 
-    def _following(self) -> list[Run]:
-        """``rest`` as far as it is certain. An arm that is through its grid has the rate that ends
-        best, whatever the others do; the one that is first at their targets has to wait for them.
+    def _following(self) -> tuple[list[Run], int]:
+        """``rest`` as far as it is certain, and how many more it may have.
+
+        An arm that is through its grid has the rate that ends best, whatever the others do; the one
+        that is first at their targets has to wait for them.
         """
         if all(run.state == "finished" for run in self.grid()):
-            return self.rest()
-        best = self._best_at_the_end()
-        return [run for _, run in self._other_seeds({key: (rate,) for key, rate in best.items()})]
+            return self.rest(), 0
+        best = {key: (rate,) for key, rate in self._best_at_the_end().items()}
+        certain = [run for _, run in self._other_seeds(best)]
+        return certain, self._later - len(certain)
 
     def chosen(self) -> list[Run]:
         """The finished runs of the largest budget at the rate that ends best, every seed."""
@@ -354,11 +355,12 @@ class Study:
             )
             self._check_conditions(len(runner.slots[0]), deepspeed)
             start = self.start_run()
-            if start is not None and not runner.run([start], later=len(self.grid()) + self._later):
+            expected = len(self.grid()) + self._later
+            if start is not None and not runner.run([start], lambda: ((), expected)):
                 return False
             if not self._score_mentions(runner):
                 return False
-            return runner.run(self.grid(), later=self._later, then=self._following)
+            return runner.run(self.grid(), self._following)
 
     def _check_conditions(self, cores: int, deepspeed: Path | None) -> None:
         """What ``request.json`` does not say and every run has to share, kept in ``study.json``."""
@@ -396,7 +398,7 @@ class Study:
         train = {"train.max_steps": 1, "train.eval_steps": 0, "train.max_hours": None}
         train["model.model_name_or_path"] = run.config.model.model_name_or_path
         config = arm.config(self.settings, train)
-        return runner.run([Run(run.arm, run.learning_rate, run.seed, config, run.folder)], later=0)
+        return runner.run([Run(run.arm, run.learning_rate, run.seed, config, run.folder)])
 
     # -- what the runs say ----------------------------------------------------------------------
 
@@ -407,6 +409,10 @@ class Study:
         ``best_rates``, ``ends_best`` whether it is the first of them.
         """
         best = self.best_rates()
+        for budget in self.budgets:
+            for arm in self.arms:
+                if (arm.name, budget.size) not in best:
+                    logger.warning("%s diverged at every learning rate of the grid", arm.name)
 
         def result(budget: Budget, run: Run) -> dict:
             rates = best.get((run.arm, budget.size), ())

@@ -120,8 +120,9 @@ def _count_probes(folder: Path) -> dict:
             try:
                 counter = sets.setdefault(record["set"], Counter(all=0))
                 counter["all"] += 1
-                for name in ("tail", "graph_only", "text_only"):
-                    counter[name] += int(record.get(name, False))
+                counter["tail"] += int(record["tail"])
+                counter["graph_only"] += int(record["graph_only"])
+                counter["text_only"] += int(record.get("text_only", False))  # older folders: none
             except (ValueError, KeyError, TypeError):
                 raise DataError(f"{where}: not a probe record: {str(record)[:80]}") from None
     return {name: dict(counter) for name, counter in sets.items()}
