@@ -10,9 +10,10 @@ from multiprocess import run_ranks
 from tiny_corpus import PAD, write_tiny_corpus
 
 import trelm_ds.pretrain as pretrain
+import trelm_ds.start_up as start_up
 from trelm_ds.backbone import MaskedLanguageModel, build_backbone
 from trelm_ds.config import load_config
-from trelm_ds.data.shards import load_manifest
+from trelm_ds.data.shards import ShardReader, load_manifest
 from trelm_ds.data.table_files import save_array
 from trelm_ds.distributed import World, cpu_group
 from trelm_ds.errors import ConfigError, DataError, TrelmError
@@ -70,6 +71,46 @@ def test_machines_with_other_tables_stop_on_every_rank(tmp_path):
     (same, other), theirs = run_ranks(two_machines, 2, [[a, a], [b, c]])
     assert len(same) == 64 and "not the same on every machine" in other
     assert theirs == [same, other.replace(str(a), str(c))]
+
+
+def check_shards_of(rank, world_size, folders, local_ranks, host):
+    """The shards that this rank checked of its machine's folder, or what it ended with."""
+    start_up.platform.node = lambda: host[rank]
+    start_up.CHECK_ROUND_S = 0.0  # one shard a round
+    world = World(rank, world_size, local_ranks[rank], "launcher")
+    reader = ShardReader(folders[rank], load_manifest(folders[rank]), "train", verify=False)
+    try:
+        start_up.check_shards(reader, world, cpu_group())
+    except DataError as error:
+        return str(error), error.everywhere
+    return sorted(reader._verified), len(reader._open_shards)
+
+
+def test_a_machines_ranks_deal_the_shards_out(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    write_tiny_corpus(a, samples_per_shard=16)
+    write_tiny_corpus(b, samples_per_shard=16)
+    shards = list(range(len(load_manifest(a)["splits"]["train"]["shards"])))
+    assert len(shards) >= 4
+    found = run_ranks(check_shards_of, 3, [a, a, b], [0, 1, 0], "xxy")
+    assert found == [(shards[::2], 0), (shards[1::2], 0), (shards, 0)]
+    # Machines of one name, each with a copy, check all of it too.
+    assert run_ranks(check_shards_of, 2, [a, b], [0, 0], "xx") == [(shards, 0)] * 2
+    tar = b / "shards" / "train-00001.tar"
+    content = bytearray(tar.read_bytes())
+    content[700] ^= 1
+    tar.write_bytes(bytes(content))
+    found = run_ranks(check_shards_of, 3, [a, b, b], [0, 0, 1], "xyy")
+    assert (
+        found
+        == [
+            (
+                f"rank 2: {tar}: sha256 is not the manifest's; the file is corrupt or was changed",
+                True,
+            )
+        ]
+        * 3
+    )
 
 
 def score_two_machines(rank, world_size, folders):

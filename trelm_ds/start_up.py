@@ -1,16 +1,19 @@
-"""Tables of a data folder that a run makes itself where nobody has."""
+"""A data folder at the start of a run: what is checked, and tables that are made if nobody has."""
 
 from __future__ import annotations
 
 import logging
+import platform
+import time
 from pathlib import Path
 
 from trelm_ds.config import Config
 from trelm_ds.data.entity_samples import EntitySamples, index_entity_samples, is_indexed
 from trelm_ds.data.graph import graph_digest
+from trelm_ds.data.shards import ShardReader
 from trelm_ds.data.tables import tables_digest
 from trelm_ds.data.tokenizer import tokenizer_digest
-from trelm_ds.distributed import agree, gather_objects, together
+from trelm_ds.distributed import World, agree, gather_objects, together
 from trelm_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,33 @@ def check_knowledge(data_dir: Path, manifest: dict, world, group) -> str:
         problem = f"{data_dir}/tables: not the same on every machine: copy one to all"
         raise DataError(problem, everywhere=True)
     return digests.pop()
+
+
+CHECK_ROUND_S = 60.0  # far below any time that a collective waits
+
+
+def check_shards(reader: ShardReader, world: World, group) -> None:
+    """Checks the sha256 of every shard, once on each machine: its folder may be a copy on its disk.
+
+    A machine's ranks deal the shards out among themselves, in rounds: a corpus of 100 million
+    sentences takes a slow disk longer than a collective waits. Collective.
+
+    Raises:
+        DataError: on every rank, naming the first file that is missing or damaged.
+    """
+    host = platform.node()
+    ranks = gather_objects((host, world.local_rank), group)
+    local = sorted({rank for where, rank in ranks if where == host})
+    shards = reader.checked_shards(local.index(world.local_rank), len(local))
+
+    def check_some() -> bool:
+        """Whether all of this rank's are checked."""
+        until = time.monotonic() + CHECK_ROUND_S
+        return all(time.monotonic() < until for _ in shards)
+
+    while not all(together(check_some, group)):
+        pass
+    reader.close()
 
 
 INDEX_AUTO_LIMIT = 2_000_000  # samples that are indexed at start-up without being asked to

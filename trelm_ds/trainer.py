@@ -63,7 +63,12 @@ from trelm_ds.routing.controller import (
     refuse_unsupported,
 )
 from trelm_ds.schedules import learning_rate, memory_epoch, memory_weight
-from trelm_ds.start_up import check_knowledge, ensure_entity_samples, ensure_importance
+from trelm_ds.start_up import (
+    check_knowledge,
+    check_shards,
+    ensure_entity_samples,
+    ensure_importance,
+)
 from trelm_ds.step_plan import StepCounts, StepPlan
 from trelm_ds.stopping import StopRequest
 from trelm_ds.zero_layout import clear_gradients, routed_fragments
@@ -155,10 +160,11 @@ class Trainer:
                 world_size=world.size,
                 graph=self.graph,
                 tables=self.tables,
-                verify=world.local_rank == 0,  # once per machine
+                verify=False,
                 entity_samples=entity_samples,
                 weights=weights,
             )
+        check_shards(self.loader.reader, world, self.control)
         self.sampling = None
         if weights is not None:
             self.sampling = KnowledgeSampling(

@@ -94,8 +94,8 @@ class StepLoader:
         graph: the folder's graph.
         tables: the folder's tables.
         split: whose samples; its mentions must be the ones scored in ``tables.importance``.
-        verify: check every shard's sha256 now (about 1.8 GB/s). One rank per machine is enough;
-            samples are checked by their crc32 in any case.
+        verify: check every shard's sha256 now. The ranks of a job deal them out among themselves
+            instead (``start_up.check_shards``); samples are checked by their crc32 in any case.
         entity_samples: needed unless ``sampling.form`` is natural.
         weights: needed by ``sampling.form`` knowledge_state.
     Attributes:
@@ -103,6 +103,7 @@ class StepLoader:
         num_keys: rows of the memory bank.
         num_samples: samples of the split, an epoch.
         manifest: of the data folder.
+        reader: of the split.
         damaged: of the step last yielded, what is said of this rank's samples that are damaged, and
             an empty sequence instead (``data.max_damaged_samples``).
     Raises:
@@ -135,10 +136,12 @@ class StepLoader:
         self.damaged: list[str] = []
 
         tolerant = config.data.max_damaged_samples > 0
-        reader, self.manifest = open_split(config, data_dir, graph, tables, split, verify, tolerant)
+        self.reader, self.manifest = open_split(
+            config, data_dir, graph, tables, split, verify, tolerant
+        )
         if verify:
-            reader.verify_all()
-        self.num_samples = len(reader)
+            self.reader.verify_all()
+        self.num_samples = len(self.reader)
         self.num_keys = tables.num_keys
         spans = self.manifest["splits"][split]["spans"]
         if tables.importance is not None and len(tables.importance) != spans:
@@ -176,7 +179,7 @@ class StepLoader:
             )
         self._dataset = MicroBatches(
             config,
-            reader,
+            self.reader,
             Masker(
                 special.is_special(vocab_size),
                 special.mask,
