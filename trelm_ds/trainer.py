@@ -71,6 +71,7 @@ from trelm_ds.start_up import (
 )
 from trelm_ds.step_plan import StepCounts, StepPlan
 from trelm_ds.stopping import StopRequest
+from trelm_ds.throughput import wait_for
 from trelm_ds.zero_layout import clear_gradients, routed_fragments
 
 logger = logging.getLogger(__name__)
@@ -408,15 +409,22 @@ class Trainer:
                 break
             plan = ahead
             self._step(micro_batches, plan)
+            step, last = self.state.step, self.state.step == train.max_steps
+            due = [
+                every and step % every == 0
+                for every in (train.logging_steps, train.eval_steps, train.save_steps)
+            ]
+            if last or any(due):  # else the next step's plan waits for this one, on the clock
+                wait_for(self.device)
             seconds = time.perf_counter() - started
             self.state.clock_s += seconds
             self._interval.seconds += seconds
-            step, last = self.state.step, self.state.step == train.max_steps
-            if step % train.logging_steps == 0:
+            log, evaluate, save = due
+            if log:
                 self._log_interval(plan)
-            if train.eval_steps and step % train.eval_steps == 0:
+            if evaluate:
                 self.evaluate()
-            if train.save_steps and step % train.save_steps == 0 and not last:
+            if save and not last:
                 with self._may_fail("saves"):
                     self.save()
         batches.close()

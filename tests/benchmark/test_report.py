@@ -177,12 +177,23 @@ def test_runs_that_diverged_are_in_no_mean(tmp_path):
     assert "trelm seed 2 diverged, and is in no mean: not finite" in text
     rows = [
         {"value": v, "status": s, "cost": COST, "steps": 1, "time_s": 1.0, P1: p, "seed": 1}
-        for v, s, p in ((1, "done", 0.2), (2, "done", 0.3), (2, "diverged", 0.9))
+        | {"chosen": chosen}
+        for v, s, p, chosen in (
+            (1, "done", 0.2, True),
+            (1, "done", 0.1, False),  # another rate
+            (2, "done", 0.3, True),
+            (2, "diverged", 0.9, True),
+            (3, "diverged", 0.9, False),  # at every rate
+        )
     ]
-    result = header("sweep") | {"rows": rows, "key": "k", "values": [1, 2], "study": STUDY}
+    result = header("sweep") | {"rows": rows, "key": "k", "values": [1, 2, 3], "study": STUDY}
     write_sweep_report(tmp_path, result)
     text = (tmp_path / "REPORT.md").read_text()
-    assert ["2, 1 run(s) diverged", "30.0", "200.0"] in table(text, "Final scores")
+    assert table(text, "Final scores")[2:] == [
+        ["1", "20.0", "200.0"],
+        ["2, 1 run(s) diverged", "30.0", "200.0"],
+        ["3, 1 run(s) diverged", "–", "–"],
+    ]
 
 
 def test_the_other_tables(folder):
@@ -221,6 +232,7 @@ def test_a_sweep_has_one_table_and_one_figure(tmp_path):
         {
             "method": "trelm",
             "value": value,
+            "chosen": True,
             "seed": seed,
             "status": "done",
             "cost": COST,

@@ -186,6 +186,7 @@ def test_a_sweep_within_a_time_budget(repo, data, tmp_path):
     assert done.returncode == 0, done.stderr
     result = read_result(tmp_path / "sweep" / "sweep.json")
     assert [row["value"] for row in result["rows"]] == [0.3, 0.7]
+    assert all(row["chosen"] for row in result["rows"])
     assert all(row["time_s"] >= 2.0 and row["steps"] > 0 for row in result["rows"])
     config = json.loads(
         next((tmp_path / "sweep").rglob("decoding.loss_weight=0.7/*/*/config.json")).read_text()

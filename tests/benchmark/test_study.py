@@ -284,10 +284,14 @@ def test_other_settings_or_other_data_are_refused(study, data):
     with pytest.raises(ConfigError, match=r"memory.half_window 16, and is now asked for 3"):
         study(memory__half_window=3).run(StopRequest())
     assert study(train__logging_steps=7).run(StopRequest())  # changes nothing that is reported
+    with pytest.raises(ConfigError, match="data.num_workers 1, and is now asked for 0"):
+        study(data__num_workers=0).run(StopRequest())  # samples made on the training clock
     config = data.parent / "ds.json"
     config.write_text("{}")
     with pytest.raises(ConfigError, match="another --deepspeed"):
         study(seeds=(1, 2, 3)).run(StopRequest(), deepspeed=config)
+    with pytest.raises(ConfigError, match="another --deepspeed"):
+        study(arms=[Arm("c", "mlm")]).run(StopRequest(), deepspeed=config)  # of new arms alone, too
     write_tiny_corpus(data, train=9, heldout=4)
     with pytest.raises(ConfigError, match="other data"):
         study().run(StopRequest())
@@ -333,6 +337,17 @@ def test_cores_are_dealt_out_without_overlap(monkeypatch):
     assert slots(1) == [[1, 3, 4, 7, 9]]
     with pytest.raises(ConfigError, match="only 5 core"):
         slots(6)
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"), [(None, ["0", "1"]), ("4,7", ["4", "7"]), ("", ["", ""])]
+)
+def test_gpus_are_dealt_out_and_a_study_on_the_cpu_stays_there(monkeypatch, visible, seen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = [runner.child_environment(slot, [slot], 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)]
+    assert found == seen
 
 
 def test_budgets_are_steps_or_hours():

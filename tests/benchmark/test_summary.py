@@ -20,7 +20,8 @@ def ratio(method, metric, **changes):
 def write(results, ratios, start=None, seeds=(1, 2, 3), name="2026-01-02-study", **more):
     folder = results / name
     folder.mkdir(parents=True)
-    study = {"data": "tiny", "seeds": list(seeds), "settings": {}, "start": start} | more
+    study = {"data": "tiny", "seeds": list(seeds), "settings": {}, "start": start}
+    study |= {"baselines": ["dkplm"]} | more
     content = {"kind": "convergence", "ratios": ratios, "study": study}
     (folder / "convergence.json").write_text(json.dumps(content))
     (folder / "REPORT.md").write_text("")
@@ -102,6 +103,16 @@ def test_of_studies_that_ask_the_same_the_newest_is_shown(tmp_path):
         "| `trelm-theta.8`, tiny, from scratch",
     ]
     assert "0.07" in lines[0] and "4 layers, 256 wide" in lines[1] and "0.06" in lines[1]
+
+
+def test_a_later_study_of_fewer_baselines_hides_no_harder_one(tmp_path):
+    both = {"baselines": ["dkplm", "dkplm-recipe"]}
+    harder = [ratio("trelm", "eval/report_p1", time_ratio=0.7, baseline="dkplm-recipe")]
+    write(tmp_path, harder, name="2026-01-02-both", **both)
+    write(tmp_path, [ratio("trelm", "eval/report_p1", pairs=2)], name="2026-01-03-one")
+    shown = summary_table(tmp_path, tmp_path)
+    assert "0.70 (0.30 to 0.50) of `dkplm-recipe`'s" in shown
+    assert "0.40 (0.30 to 0.50), 2 of 3 seeds have a pair of `dkplm`'s" in shown
 
 
 def test_a_study_of_one_seed_is_not_on_the_first_screen(tmp_path):

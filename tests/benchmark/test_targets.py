@@ -109,6 +109,9 @@ def test_time_ratio_is_step_ratio_times_step_time_ratio_for_each_seed():
     ]
     rows, ratios = ratios_of(results, ["dkplm"])
     found = ratios["trelm", "eval/report_p1", "dkplm"]
+    assert found["other_seeds"] is None  # no seed chose anything
+    without = [r for r in paired_ratios(rows, chosen_by=2) if r["method"] == "trelm"]
+    assert next(r for r in without if r["metric"] == P1.key)["other_seeds"] == pytest.approx(0.5)
     assert found["steps_ratio"] == pytest.approx(0.5)
     assert found["step_time_ratio"] == pytest.approx(0.8)
     assert found["time_ratio"] == pytest.approx(0.4)

@@ -116,7 +116,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
         path,
         args.kind,
         rows,
-        ratios=paired_ratios(rows),
+        ratios=paired_ratios(rows, study.seeds[0] if len(study.learning_rates) > 1 else None),
         other_targets=other_targets(every, baselines, args.tolerance),
         equal_time=equal_time_rows(chosen, baselines, select_by=study.select_by),
         runs=[summary(run) for run in every + [r for r in chosen if r not in every]],

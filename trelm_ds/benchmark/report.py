@@ -75,9 +75,10 @@ def write_sweep_report(folder: Path, result: dict) -> Path:
     _say_conditions(document, result)
     metrics = [m for m in METRICS if any(row.get(m.key) is not None for row in result["rows"])]
     rows = []
+    chosen = [row for row in _done(result["rows"]) if row["chosen"]]
     for value in values:
-        found = [row for row in _done(result["rows"]) if row["value"] == value]
-        failed = sum(row["value"] == value for row in result["rows"]) - len(found)
+        found = [row for row in chosen if row["value"] == value]
+        failed = sum(r["value"] == value and r["status"] != "done" for r in result["rows"])
         rows.append(
             [
                 f"{value}, {failed} run(s) diverged" if failed else str(value),
@@ -88,7 +89,7 @@ def write_sweep_report(folder: Path, result: dict) -> Path:
     document.heading("Final scores")
     document.table([name, *(m.label for m in metrics), "ms per step"], rows)
     path = folder / "figures" / "sweep.png"
-    if plot_sweep(path, name, values, _done(result["rows"]), metrics):
+    if plot_sweep(path, name, values, chosen, metrics):
         document.figure(
             path, f"final scores against {name}; dots are seeds, the line is their mean"
         )
@@ -169,6 +170,7 @@ def _selection(study: dict) -> str:
 
 def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
     study = result["study"]
+    seeds = len(study["seeds"])
     document.heading("Time to target")
     document.text(
         "Time on the training clock to a baseline's final value less "
@@ -188,7 +190,10 @@ def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
         if found:
             document.table(
                 ["method", *(m.label for m in found)],
-                [[arm, *(_against(head.get((arm, m.key))) for m in found)] for arm in arms],
+                [
+                    [arm, *(against_cell(head.get((arm, m.key)), seeds, "vs {}") for m in found)]
+                    for arm in arms
+                ],
             )
 
     document.text(
@@ -205,7 +210,9 @@ def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
     document.text(
         "Split into steps and time per step, for every baseline. `MLM loss then` is the held-out "
         "loss at the moment the target was reached, and the baseline's at its own: facts bought "
-        "with text loss show here. `held`: the last evaluation is at the target too."
+        "with text loss show here. `held`: the last evaluation is at the target too. `other "
+        "seeds`: the time ratio without the seed whose runs chose the learning rates, which has "
+        "luck in it."
     )
     rows = []
     for metric in (*JOINT, *METRICS):
@@ -219,7 +226,8 @@ def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
                     metric.label,
                     ratio["baseline"] + (" *" if ratio["headline"] else ""),
                     form(ratio["target"]),
-                    ratio_cell(ratio),
+                    ratio_cell(ratio, seeds),
+                    _number(ratio["other_seeds"], "{:.2f}"),
                     _number(ratio["steps_ratio"], "{:.2f}"),
                     _number(ratio["step_time_ratio"], "{:.2f}"),
                     f"{_number(ratio['mlm_loss'], '{:.3f}')} / "
@@ -230,8 +238,8 @@ def _say_ratios(document: Document, result: dict, arms: Sequence[str]) -> None:
             )
     document.table(
         [
-            *("method", "metric", "baseline (* least gain)", "target", "time ratio", "steps ratio"),
-            *("time per step ratio", "MLM loss then", "reached", "held"),
+            *("method", "metric", "baseline (* least gain)", "target", "time ratio", "other seeds"),
+            *("steps ratio", "time per step ratio", "MLM loss then", "reached", "held"),
         ],
         rows,
     )
@@ -309,10 +317,10 @@ def _say_equal_time(document: Document, result: dict, arms: Sequence[str]) -> No
         return
     document.heading("At equal time")
     document.text(
-        "Scores at the moment when the better baseline of the same seed ends, of that run of the "
-        "arm which is best by then by the facts that choose settings. `early`: the run was over, "
-        "and its final value stands; one still under way had part of its learning-rate decay ahead "
-        "of it. "
+        "Scores at the moment when the better baseline of that score and seed ends, of that run of "
+        "the arm which is best by then by the facts that choose settings. `early`: so many runs "
+        "were over, and their final values stand; one still under way had part of its "
+        "learning-rate decay ahead of it. "
         "A budget in hours gives each arm a whole schedule in the same time."
     )
     metrics = [m for m in METRICS if any(r["metric"] == m.key for r in rows)]
@@ -321,15 +329,13 @@ def _say_equal_time(document: Document, result: dict, arms: Sequence[str]) -> No
         found = {
             m: [r for r in rows if r["method"] == arm and r["metric"] == m.key] for m in metrics
         }
-        early = sum(r["ended"] for r in found[metrics[0]])
-        body.append(
-            [
-                arm,
-                *(_spread([r["value"] for r in found[m]], _form(m)) for m in metrics),
-                f"{early}/{len(found[metrics[0]])}",
-            ]
-        )
-    document.table(["method", *(m.label for m in metrics), "early"], body)
+        cells = []
+        for m in metrics:
+            early = sum(r["ended"] for r in found[m])
+            told = f", early {early}/{len(found[m])}" if early else ""
+            cells.append(_spread([r["value"] for r in found[m]], _form(m)) + told)
+        body.append([arm, *cells])
+    document.table(["method", *(m.label for m in metrics)], body)
 
 
 def _say_downstream(document: Document, result: dict, arms: Sequence[str]) -> None:
@@ -488,7 +494,8 @@ def _say_rules(document: Document, result: dict) -> None:
         + (
             "The held-out MLM loss chose the learning rates. "
             if study["select_by"] == MLM_LOSS
-            else "A quarter of the probe's facts chose the learning rates and is in no score here. "
+            else "A quarter of the probe's facts, which is in no score here, chose the learning "
+            + ("rates, with the held-out MLM loss. " if study.get("raced") else "rates. ")
         )
         + "P@1 is in percent, macro over relations. Times compare "
         "the arms of this table with each other, not with other machines."
@@ -525,8 +532,11 @@ def _spread(values: Sequence[float | None], form: Callable[[float], str]) -> str
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def ratio_cell(row: dict | None) -> str:
-    """A time ratio of ``paired_ratios`` with its spread, or why there is none."""
+def ratio_cell(row: dict | None, seeds: int = 1) -> str:
+    """A time ratio of ``paired_ratios`` with its spread, or why there is none.
+
+    Of a study of so many seeds: where the baseline diverged in some, that is said.
+    """
     if row is None:
         return NOTHING
     if row["at_start"] == row["pairs"]:
@@ -542,11 +552,14 @@ def ratio_cell(row: dict | None) -> str:
             cell += f", reached {row['reached']}/{usable}"
     if row["at_start"]:
         cell += f", {row['at_start']} of {row['pairs']} seeds held from the start"
+    if row["pairs"] < seeds:
+        cell += f", {row['pairs']} of {seeds} seeds have a pair"
     return cell
 
 
-def _against(row: dict | None) -> str:
-    return NOTHING if row is None else f"{ratio_cell(row)} vs {row['baseline']}"
+def against_cell(row: dict | None, seeds: int, named: str) -> str:
+    """``ratio_cell`` and the baseline, as ``named`` says it."""
+    return NOTHING if row is None else f"{ratio_cell(row, seeds)} {named.format(row['baseline'])}"
 
 
 def _final(run: dict, metric: Metric) -> float | None:

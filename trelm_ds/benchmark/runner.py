@@ -36,8 +36,9 @@ POLL_S = 0.5
 TELL_S = 60.0  # between two lines about runs under way
 
 # Keys a started run may go on with after they were changed: none of them alters what is reported.
+# Not data.num_workers: it decides whether samples are made on the training clock.
 FREE = {
-    *("data.data_dir", "data.num_workers", "train.output_dir", "train.resume_from_checkpoint"),
+    *("data.data_dir", "train.output_dir", "train.resume_from_checkpoint"),
     *("train.logging_steps", "train.save_steps", "train.save_total_limit", "train.export"),
 }
 
@@ -129,7 +130,10 @@ def child_environment(slot: int, cores: Sequence[int], parallel: int) -> dict[st
     env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(len(cores))
     if parallel > 1:
         visible = env.get("CUDA_VISIBLE_DEVICES")
-        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot] if visible else str(slot)
+        if visible is None:
+            env["CUDA_VISIBLE_DEVICES"] = str(slot)
+        elif visible:  # an empty value is a study on the CPU
+            env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot]
     return env
 
 

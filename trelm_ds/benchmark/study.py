@@ -17,7 +17,7 @@ from pathlib import Path
 
 from trelm_ds.benchmark.arms import Arm
 from trelm_ds.benchmark.results import write_json
-from trelm_ds.benchmark.runner import Run, Runner
+from trelm_ds.benchmark.runner import REQUEST, Run, Runner
 from trelm_ds.benchmark.targets import METRICS, Metric, crossing, goals_of
 from trelm_ds.data.shards import load_manifest
 from trelm_ds.errors import ConfigError, DataError
@@ -372,17 +372,17 @@ class Study:
         }
         path = self.folder / "study.json"
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        states = {run.state for run in self.grid()}
-        if states == {"finished"}:
-            states |= {run.state for run in self.rest()}
-        if states in ({"finished"}, {"new"}):  # nothing will run, or nothing has yet
+        begun = any(self.folder.glob(f"runs/**/{REQUEST}"))  # of other arms, too
+        done = all(run.state == "finished" for run in self.grid())
+        done = done and all(run.state == "finished" for run in self.rest())
+        if done or not begun:  # nothing will run, or nothing has yet
             found = {key: value for key, value in found.items() if key == "dataset_id"}
         for key, (what, value) in wanted.items():
             if found.get(key, value) != value:
                 raise ConfigError(
                     f"{self.folder} holds a study of {what}: choose another --output_dir"
                 )
-        if states != {"finished"} or not path.is_file():
+        if not done or not path.is_file():
             write_json(path, {key: value for key, (_, value) in wanted.items()})
 
     def _score_mentions(self, runner: Runner) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trelm_ds.benchmark.arms import load_table
-from trelm_ds.benchmark.report import ratio_cell
+from trelm_ds.benchmark.report import against_cell
 from trelm_ds.benchmark.targets import JOINT, METRICS, least_gains
 from trelm_ds.config import ModelConfig
 from trelm_ds.errors import EXIT_DONE, DataError
@@ -56,7 +56,7 @@ def summary_table(results: Path, readme: Path) -> str:
     """Markdown tables of the results, newest first: studies, then step times.
 
     Of results that answer one question (method, data, start and model; shapes and device) the
-    newest is shown.
+    newest is shown, and an older one that had another baseline.
 
     Args:
         results: folder of JSON files and of folders with one; names begin with a date.
@@ -64,8 +64,9 @@ def summary_table(results: Path, readme: Path) -> str:
     Raises:
         DataError: a file is not JSON.
     """
-    studies: dict[tuple, tuple[str, ...]] = {}
-    steps: dict[tuple, tuple[str, ...]] = {}
+    studies: list[tuple[str, ...]] = []
+    steps: list[tuple[str, ...]] = []
+    answered: dict[tuple, set] = {}  # question -> the baselines asked against
     for path in sorted(results.rglob("*.json"), key=lambda p: p.relative_to(results), reverse=True):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
@@ -83,9 +84,12 @@ def summary_table(results: Path, readme: Path) -> str:
         else:
             continue
         for question, cells in lines:
-            found.setdefault(question, (*cells, f"[{name}]({link})"))
+            baselines = set(result.get("study", {}).get("baselines", ["dense"]))
+            if not baselines <= answered.setdefault(question, set()):
+                answered[question] |= baselines
+                found.append((*cells, f"[{name}]({link})"))
     parts = ((STUDIES, studies), (STEPS, steps))
-    return "\n\n".join(_table(header, [*rows.values()]) for header, rows in parts if rows)
+    return "\n\n".join(_table(header, rows) for header, rows in parts if rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -115,11 +119,8 @@ def _study_lines(result: dict) -> Iterator[tuple[tuple, tuple[str, ...]]]:
             continue  # of an earlier version: nobody can run it again
         is_trelm = arms[method].preset.startswith("trelm")
         if is_trelm and any(row and row["baseline"] != method for row in rows):
-            yield (method, asked), (f"`{method}`, {asked}, {told}", *map(_share, rows))
-
-
-def _share(row: dict | None) -> str:
-    return ratio_cell(row) if row is None else f"{ratio_cell(row)} of `{row['baseline']}`'s"
+            cells = (against_cell(row, len(study["seeds"]), "of `{}`'s") for row in rows)
+            yield (method, asked), (f"`{method}`, {asked}, {told}", *cells)
 
 
 def _start(study: dict) -> str:

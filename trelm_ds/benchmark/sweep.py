@@ -85,8 +85,10 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     code = ended_early(study, args, stop)
     if code is not None:
         return code
-    chosen, _ = study.results()
-    rows = [_row(result, args.method, values[result["arm"]]) for result in chosen]
+    chosen, every = study.results()
+    rows = [_row(r, args.method, values[r["arm"]]) for r in chosen]
+    # Also those of other rates: of a value that diverged at every rate they are all there is.
+    rows += [_row(r, args.method, values[r["arm"]]) for r in every if not r["chosen"]]
     path = args.json or study.folder / "sweep.json"
     result = write_result(
         path,
@@ -104,7 +106,8 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
 
 def _row(result: dict, method: str, value) -> dict:
     """A run's last evaluation and cost beside its coordinates."""
-    kept = ("seed", "learning_rate", "status", "steps", "time_s", "cost", "peak_memory_gib")
+    kept = ("seed", "learning_rate", "chosen", "status", "steps", "time_s", "cost")
+    kept += ("peak_memory_gib",)
     kept += ("commit", "hardware", "starts")
     last = result["evaluations"][-1] if result["evaluations"] else {}
     scores = {key: score for key, score in last.items() if key.startswith("eval/")}

@@ -282,7 +282,7 @@ def _finished_curve(result: dict | None, metric: Metric) -> list[Point]:
     return curve(result["evaluations"], metric.key)
 
 
-def paired_ratios(rows: Sequence[dict]) -> list[dict]:
+def paired_ratios(rows: Sequence[dict], chosen_by: int | None = None) -> list[dict]:
     """Ratios of a method's time and steps to target to the baseline's of the same seed.
 
     ``time_ratio = steps_ratio * step_time_ratio`` holds for each pair. The median over seeds counts
@@ -293,10 +293,13 @@ def paired_ratios(rows: Sequence[dict]) -> list[dict]:
 
     Args:
         rows: of ``convergence_rows``.
+        chosen_by: the seed whose runs chose the learning rates, if they did: the best of several
+            runs by its scores is partly a lucky one, so ``other_seeds`` is the ratio without it.
     Returns:
         Rows with ``method``, ``baseline``, ``metric``, ``target``, ``time_ratio``, ``low``,
-        ``high``, ``steps_ratio``, ``step_time_ratio``, ``mlm_loss``, ``baseline_mlm_loss``,
-        ``pairs``, ``reached``, ``held``, ``at_start``, ``headline`` (``least_gains``).
+        ``high``, ``other_seeds``, ``steps_ratio``, ``step_time_ratio``, ``mlm_loss``,
+        ``baseline_mlm_loss``, ``pairs``, ``reached``, ``held``, ``at_start``, ``headline``
+        (``least_gains``).
     """
     by_key = {(r["method"], r["seed"], r["metric"], r["baseline"]): r for r in rows}
     groups: dict[tuple, list[tuple[dict, dict]]] = {}
@@ -311,6 +314,11 @@ def paired_ratios(rows: Sequence[dict]) -> list[dict]:
         usable = [ratio for ratio in ratios if ratio is not None]
         counted = [row for (row, _), ratio in zip(pairs, ratios, strict=True) if ratio is not None]
         times = [ratio[0] for ratio in usable]
+        others = [
+            ratio[0]
+            for (row, _), ratio in zip(pairs, ratios, strict=True)
+            if ratio is not None and chosen_by not in (None, row["seed"])
+        ]
         read = [pair for pair in pairs if None not in (pair[0]["mlm_loss"], pair[1]["mlm_loss"])]
         found.append(
             {
@@ -321,6 +329,7 @@ def paired_ratios(rows: Sequence[dict]) -> list[dict]:
                 "time_ratio": _median(times),
                 "low": _finite(min(times, default=math.inf)),
                 "high": _finite(max(times, default=math.inf)),
+                "other_seeds": _median(others),
                 "steps_ratio": _median([ratio[1] for ratio in usable]),
                 "step_time_ratio": _median([r[2] for r in usable if r[2] is not None]),
                 # Of the same pairs: those that were reached are not the median seeds.
